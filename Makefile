@@ -1,0 +1,58 @@
+# make train · make day05 · make test · make test-fast · make results - each sets itself up.
+SHELL  := /bin/bash
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# Written when the install has ended, named after what was installed: an interrupted or outdated one is redone.
+STAMP  := $(VENV)/installed-$(shell cat requirements.txt | cksum | cut -d' ' -f1)
+# All GPUs of this machine, or 2 CPU ranks. `make day05 RANKS=4` decides otherwise.
+GPUS   := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU)
+RANKS  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+# More flags for a day's script: `make day02 ARGS="--steps 100"`.
+ARGS   ?=
+# On CPU, ranks share the cores: one thread each, or they fight. (The caller's own value wins.)
+export OMP_NUM_THREADS ?= $(if $(filter-out 0,$(GPUS)),8,1)
+LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv train test test-fast lint results render
+
+help:  ## this list
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+venv: $(STAMP)  ## set up .venv (done by every other target when needed)
+
+$(STAMP): requirements.txt
+	@./install.sh "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+train: day02  ## train the first DeepSpeed program (day 02), on all GPUs or on 2 CPU ranks
+
+day%: $(STAMP)  ## run a day's program: make day05, make day05 RANKS=4 ARGS="--steps 100"
+	@test -e $@/train.py || { echo "$@ is not in the course yet; there are: $$(ls -d day?? | xargs)"; exit 1; }
+	$(LAUNCH) $@/train.py $(ARGS)
+
+day01: $(STAMP)
+	$(BIN)/python day01/check_env.py
+	$(LAUNCH) day01/hello_distributed.py
+	$(BIN)/python day01/train.py $(ARGS)
+
+day03: $(STAMP)
+	$(LAUNCH) day03/compare.py $(ARGS)
+
+test: $(STAMP)  ## every test (minutes)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(STAMP)  ## the tests that launch nothing (seconds)
+	$(BIN)/python -m pytest -m "not launch and not gpu" $(ARGS)
+
+lint: $(STAMP)  ## ruff check and ruff format --check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+render: $(STAMP)  ## bring the generated blocks of the notes (diffs, tables, outputs) up to date
+	$(BIN)/python -m tests.render
+
+results: $(STAMP)  ## measure the notes' figures again on this machine, then render
+	./measure.sh $(BIN) $(RANKS)
+	$(BIN)/python -m tests.render
