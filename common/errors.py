@@ -1,0 +1,52 @@
+"""Bad input gets one clear sentence: the offending value and what to do. Everything else keeps its traceback."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """Something the user can put right. The message names the bad value and the cure."""
+
+
+# What DeepSpeed 0.19.8 and PyTorch say (as "ExceptionType: message") -> what to do about it.
+CHECK = "`python config/check.py FILE.json` names the line and the cure"
+HINTS = {
+    r"EADDRINUSE": "another job uses this port: `deepspeed --master_port 29501 ...`, or any other free one",
+    r"Check batch related parameters.*": "leave train_batch_size out of the JSON and DeepSpeed computes it",
+    r"Either train_batch_size or .*": "give the JSON a train_micro_batch_size_per_gpu, for example 8",
+    r"Expected a string path to an existing deepspeed config.*": "look at the path after --deepspeed_config",
+    r"HjsonDecodeError.*": f"the config is not valid JSON, look for a missing comma, quote or brace; {CHECK}",
+    r"Duplicate keys in DeepSpeed config.*": "keep one of them",
+    r"(?s)ValidationError: .*": f"a value in the config is not of the kind DeepSpeed accepts; {CHECK}",
+    r"Type fp16 is not supported on your device": "use bf16 in the config, or a GPU",
+    r"Type bf16 is not supported on your device": "use fp16 in the config (older GPUs), or leave both out",
+}
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn a UserError, or a DeepSpeed error listed in HINTS, into one sentence on stderr and exit code 1.
+
+    Printed once a machine: every rank there reads the same flags and files.
+    """
+    try:
+        yield
+    except Exception as error:
+        sentence = str(error) if isinstance(error, UserError) else _explain(error)
+        if sentence is None:
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            sys.stderr.write(f"error: {sentence}\n")
+        sys.exit(1)
+
+
+def _explain(error: Exception) -> str | None:
+    """What `error` said, on one line, and its cure; None when HINTS does not know it."""
+    message = f"{type(error).__name__}: {error}"
+    for pattern, cure in HINTS.items():
+        if found := re.search(pattern, message):
+            return f"{' '.join(found[0].split())} -> {cure}"
+    return None

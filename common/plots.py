@@ -1,0 +1,44 @@
+"""Plots drawn from run logs and result files, all in one style."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # draw into files; no display needed
+import matplotlib.pyplot as plt
+
+
+def plot_loss(runs: dict[str, list[dict]], path: str | Path, title: str) -> None:
+    """Draw training loss (line) and held-out loss (dots) against optimizer steps into `path`.
+
+    `runs` maps a label to the rows of a metrics.jsonl (`run_log.read_rows`).
+    """
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for label, rows in runs.items():
+        train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+        held_out = [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row]
+        (line,) = axes.plot(*zip(*train, strict=True), label=label)
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), "o", color=line.get_color(), label=f"{label}, held out")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title=title)
+    _save(figure, axes, path)
+
+
+def plot_bars(values: dict[str, float], path: str | Path, title: str, unit: str) -> None:
+    """Draw one horizontal bar a label, with its value written beside it, into `path`."""
+    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.4 * len(values)))
+    bars = axes.barh(list(values), list(values.values()))
+    axes.bar_label(bars, fmt="{:,.4g}", padding=3)
+    axes.invert_yaxis()  # first label on top
+    axes.margins(x=0.15)
+    axes.set(xlabel=unit, title=title)
+    _save(figure, axes, path)
+
+
+def _save(figure, axes, path: str | Path) -> None:
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
