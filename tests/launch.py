@@ -1,0 +1,86 @@
+"""Run a day's script the way a reader does, and read its log lines back."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.run_log import parse_lines
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent  # where `deepspeed` and `python` of this environment are
+
+
+@dataclass
+class Run:
+    """What a launch left: exit code, stdout, stderr, and the log rows."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def rows(self) -> list[dict]:
+        return parse_lines(self.stdout)
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """{optimizer step: training loss}."""
+        return {row["step"]: row["loss"] for row in self.rows if "loss" in row}
+
+    @property
+    def held_out(self) -> dict[int, float]:
+        """{optimizer step: held-out loss}."""
+        return {row["step"]: row["held_out_loss"] for row in self.rows if "held_out_loss" in row}
+
+
+def free_port() -> int:
+    """A port that nobody listens on now, so that two launches on one machine do not collide."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def run_command(*command: object, timeout: int = 300, check: bool = True, **env: str) -> Run:
+    """Run `command` from the repository root; raise AssertionError with its last output when it fails.
+
+    Runs in a process group of its own, which is killed on time-out, so no rank outlives its test.
+    """
+    # Ranks share the cores (more threads only fight) and need no GPU here; no hub is asked for anything.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        cwd=ROOT, env=env, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        raise AssertionError(f"{command} ran longer than {timeout} s\n{stdout[-2000:]}\n{stderr[-2000:]}") from None
+    if check:
+        assert process.returncode == 0, f"exit code {process.returncode}\n{stdout[-2000:]}\n{stderr[-3000:]}"
+    return Run(process.returncode, stdout, stderr)
+
+
+def run_day(script: str, *flags: object, ranks: int = 2, port: int | None = None, **options) -> Run:
+    """Launch `script` on `ranks` processes through the `deepspeed` launcher, on a free port unless `port` says."""
+    launcher = [BIN / "deepspeed", "--num_accelerators", ranks, "--master_port", port or free_port()]
+    return run_command(*launcher, script, *flags, **options)
+
+
+def run_plain(script: str, *flags: object, **options) -> Run:
+    """Run `script` with plain python, one process."""
+    return run_command(BIN / "python", script, *flags, **options)
+
+
+def error_line(run: Run) -> str:
+    """The one sentence that a failed run gave."""
+    found = re.findall(r"^error: (.*)$", run.stderr, re.M)
+    assert len(found) == 1, f"want one error sentence, got {found}\n{run.stderr[-2000:]}"
+    return found[0]

@@ -1,0 +1,45 @@
+"""Record a run for the notes: its command, machine, output and log rows as JSON, and its loss curve beside it.
+
+    python -m tests.record day02/results/train_cpu.json deepspeed --num_accelerators 2 day02/train.py
+
+The notes show these files (tests/render.py); `make results` records all of them on the machine at hand.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common.plots import plot_loss
+from common.results import write_results
+from common.run_log import parse_lines
+from tests.launch import BIN, ROOT
+
+# Lines that say nothing about the run: the launcher's and DeepSpeed's time-stamped log, warnings of libraries.
+NOISE = re.compile(r"^\[20\d\d-|^\[rank|^\[W|^\s*$")
+
+
+def main() -> None:
+    path, command = Path(sys.argv[1]), sys.argv[2:]
+    start = time.perf_counter()
+    program = shutil.which(command[0], path=f"{BIN}:{os.environ['PATH']}")
+    process = subprocess.Popen([program, *command[1:]], cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    lines = []
+    for line in process.stdout:
+        sys.stdout.write(line)
+        lines.append(line.rstrip("\n").replace(f"{ROOT}/", ""))
+    if process.wait():
+        sys.exit(f"{' '.join(command)} ended with exit code {process.returncode}: nothing recorded")
+    output = [line for line in lines if not NOISE.search(line)]
+    rows = parse_lines("\n".join(output))
+    write_results(path, " ".join(command), wall_s=round(time.perf_counter() - start, 1), output=output, rows=rows)
+    if rows:
+        plot_loss({" ".join(command): rows}, path.with_suffix(".png"), json.loads(path.read_text())["hardware"])
+
+
+if __name__ == "__main__":
+    main()

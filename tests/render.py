@@ -1,0 +1,112 @@
+"""Keep what the notes show equal to what the repository holds: diffs, files, outputs, tables, figures.
+
+    make render            (python -m tests.render)
+
+A note marks a generated block with two HTML comments, which readers do not see:
+
+    <!-- file day02/ds_config.json -->                          the file, in a code fence
+    <!-- lines day02/train.py "batches =" "log.step" -->        the lines from one text to the other
+    <!-- diff day01/train.py day02/train.py -->                 the unified diff
+    <!-- output day02/results/train_cpu.json -->                the command and what it printed
+    <!-- table day03/results/compare_cpu.json table config tokens_per_s:,.0f -->    rows and columns of a result file
+    <!-- number day02/results/train_cpu.json rows.-1.held_out_loss .2f -->          one value, inside a sentence
+    <!-- end -->
+
+`tests/test_notes.py` fails when a block is out of date; this program brings it up to date.
+"""
+
+import difflib
+import json
+import re
+import shlex
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LANGUAGE = {".py": "python", ".json": "json", ".sh": "bash"}
+BLOCK = re.compile(r"<!-- (file|lines|diff|output|table|number) (.*?) -->.*?<!-- end -->", re.S)
+
+
+def pages() -> list[Path]:
+    """Every Markdown page of the repository, English and Chinese."""
+    folders = ("", "data", "config", "day[0-9][0-9]")
+    return sorted(page for folder in folders for page in ROOT.glob(f"{folder}/*.md" if folder else "*.md"))
+
+
+def render(text: str) -> str:
+    """Return `text` with every generated block made anew."""
+    return BLOCK.sub(lambda block: f"<!-- {block[1]} {block[2]} -->{_content(block[1], block[2])}<!-- end -->", text)
+
+
+def _content(kind: str, arguments: str) -> str:
+    return globals()[f"_{kind}"](*shlex.split(arguments))
+
+
+def _fence(text: str, language: str = "") -> str:
+    return f"\n```{language}\n{text.rstrip()}\n```\n"
+
+
+def _read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def _file(name: str) -> str:
+    return _fence(_read(name), LANGUAGE[Path(name).suffix])
+
+
+def _lines(name: str, first: str, last: str) -> str:
+    lines = _read(name).splitlines()
+    start = next(i for i, line in enumerate(lines) if first in line)
+    stop = next(i for i, line in enumerate(lines) if i >= start and last in line)
+    indent = len(lines[start]) - len(lines[start].lstrip())
+    return _fence("\n".join(line[indent:] for line in lines[start : stop + 1]), LANGUAGE[Path(name).suffix])
+
+
+def _diff(old: str, new: str) -> str:
+    """The diff from the imports on: the docstrings differ in every line and say nothing."""
+    sides = [_read(name).partition("import argparse")[2].splitlines() for name in (old, new)]
+    return _fence("\n".join(difflib.unified_diff(*sides, old, new, n=1, lineterm="")), "diff")
+
+
+def _output(name: str) -> str:
+    result = json.loads(_read(name))
+    return _fence(f"$ {result['command']}\n" + "\n".join(result["output"])) + _source(result)
+
+
+def _table(name: str, rows: str, *columns: str) -> str:
+    """`column:format` picks a value of each row; the name may be given another heading as `Heading=column:format`."""
+    result = json.loads(_read(name))
+    cells = []
+    for column in columns:
+        heading, _, key = column.rpartition("=")
+        key, _, spec = key.partition(":")
+        values = [row.get(key) for row in result[rows]]
+        cells.append([heading or key, ":--" if isinstance(values[0], str) else "--:"])
+        cells[-1] += ["–" if value is None else format(value, spec) for value in values]
+    lines = ["| " + " | ".join(row) + " |" for row in zip(*cells, strict=True)]
+    return "\n" + "\n".join(lines) + "\n\n" + _source(result).lstrip("\n")
+
+
+def _number(name: str, path: str, spec: str = "") -> str:
+    value = json.loads(_read(name))
+    for part in path.split("."):
+        value = value[int(part)] if isinstance(value, list) else value[part]
+    return format(value, spec)
+
+
+def _source(result: dict) -> str:
+    """Where figures come from: hardware, versions, command, date."""
+    versions = result["versions"]
+    names = [f"{name} {versions[name]}" for name in ("deepspeed", "torch") if name in versions]
+    return f"\n<sub>{result['hardware']} · {' · '.join(names)} · `{result['command']}` · {result['date']}</sub>\n"
+
+
+def main() -> None:
+    for page in pages():
+        old = page.read_text(encoding="utf-8")
+        if (new := render(old)) != old:
+            page.write_text(new, encoding="utf-8")
+            print(f"updated {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

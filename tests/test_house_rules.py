@@ -1,0 +1,60 @@
+"""The rules that keep standalone scripts alike (DESIGN: a day, the bright line). Plain text checks."""
+
+import ast
+import re
+
+import pytest
+
+from tests.house import flags_of
+from tests.render import ROOT
+
+SCRIPTS = sorted(ROOT.glob("day[0-9][0-9]/*.py"))
+# Scripts whose lesson needs more room, and why.
+LONGER = {"day01/check_env.py": "a report with a row for each thing that can be missing"}
+MAX_SCRIPT_LINES, MAX_COMMON_LINES = 120, 600
+# The base flags: the same meaning in every training script.
+BASE = flags_of(ROOT / "day02/train.py")
+TRAINING = [script for script in SCRIPTS if script.name == "train.py" and script.parent.name != "day01"]
+
+
+def by_name(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=by_name)
+def test_script_follows_the_skeleton(script):
+    text, tree, day = script.read_text(), ast.parse(script.read_text()), script.parent.name
+    assert len(text.splitlines()) <= MAX_SCRIPT_LINES or by_name(script) in LONGER, "split the lesson into two scripts"
+    doc = ast.get_docstring(tree)
+    assert doc.startswith((f"Day {day[3:]}: ", f"Day {day[3:]}, ")) and f" {day}/{script.name}" in doc
+    assert "Source: " in doc, "name the source"
+    if script.name not in ("exercise.py", "solution.py"):
+        assert [node.name for node in tree.body if isinstance(node, ast.FunctionDef)][-1] == "main"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=by_name)
+def test_a_flag_means_the_same_everywhere_and_has_help(script):
+    for flag, help_text in flags_of(script).items():
+        assert help_text, f"{flag} has no help"
+        assert "-" not in flag[2:], f"{flag}: flags use underscores"
+        assert help_text == BASE.get(flag, help_text), f"{flag} means something else in day 02"
+
+
+@pytest.mark.parametrize("script", TRAINING, ids=by_name)
+def test_training_scripts_have_the_base_flags(script):
+    base = {"--deepspeed_config", "--steps", "--log_every", "--seed", "--local_rank", "--run_dir"}
+    assert base <= set(flags_of(script))
+
+
+@pytest.mark.parametrize("day", sorted({script.parent for script in SCRIPTS}), ids=by_name)
+def test_a_day_has_its_parts(day):
+    for name in ("notes.md", "notes.zh.md", "train.py", "exercise.py", "solution.py", "results"):
+        assert (day / name).exists(), f"{day.name} has no {name}"
+    assert (ROOT / f"tests/test_{day.name}.py").exists()
+
+
+def test_common_stays_small_and_free_of_deepspeed():
+    texts = {path.name: path.read_text() for path in ROOT.glob("common/*.py")}
+    assert sum(len(text.splitlines()) for text in texts.values()) <= MAX_COMMON_LINES
+    importing = {name for name, text in texts.items() if re.search(r"^\s*(import|from) deepspeed", text, re.M)}
+    assert importing == {"cpu.py"}, "the lesson lives in dayXX/; cpu.py alone may touch deepspeed"

@@ -1,0 +1,122 @@
+"""What the prose says is so: generated blocks, commands, flags, paths, JSON, links, and both languages."""
+
+import json
+import re
+
+import pytest
+
+from tests.house import flags_of
+from tests.render import ROOT, pages, render
+
+PAGES = pages()
+NOTES = sorted(ROOT.glob("day[0-9][0-9]/notes.md"))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+TARGETS = set(re.findall(r"^([\w-]+)%?:", (ROOT / "Makefile").read_text(), re.M))
+# The options of the `deepspeed` launcher that the course uses; test_launcher_options_exist asks the launcher itself.
+LAUNCHER_OPTIONS = {"--num_accelerators", "--num_gpus", "--num_nodes", "--master_port", "--master_addr", "--hostfile"}
+LAUNCHER_OPTIONS |= {"--include", "--exclude", "--log_level", "--no_ssh", "--node_rank"}
+# Sections of a day's notes, in the order of the house (DESIGN): the same count and order in both languages.
+SECTIONS = [
+    ("What you need", "准备"),
+    ("Run it", "运行"),
+    ("The idea", "原理"),
+    ("What changed", "改动"),
+    ("The config, key by key", "逐项看配置"),
+    ("Pitfalls", "常见坑"),
+    ("Measured", "实测"),
+    ("Exercises", "练习"),
+    ("Sources", "参考"),
+]
+
+
+def by_name(page):
+    return str(page.relative_to(ROOT))
+
+
+def commands(text: str) -> list[str]:
+    """The shell commands of a page: the lines of its bash fences, continuation lines joined."""
+    fences = [body for language, body in FENCE.findall(text) if language == "bash"]
+    lines = "".join(fences).replace("\\\n", " ").splitlines()
+    return [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def without_fences(text: str) -> str:
+    return FENCE.sub("", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_generated_blocks_are_up_to_date(page):
+    assert render(page.read_text(encoding="utf-8")) == page.read_text(encoding="utf-8"), "run `make render`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_commands_name_scripts_flags_and_files_that_exist(page):
+    for command in commands(page.read_text(encoding="utf-8")):
+        words = command.split()
+        while re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # VARIABLE=value before the program
+            words.pop(0)
+        if words[0] == "make":
+            targets = [word for word in words[1:] if not re.match(r"[A-Z]+=", word) and word[0] not in "\"'-"]
+            for target in targets:
+                if re.match(r"[a-z]", target):
+                    assert target in TARGETS or (ROOT / target).is_dir(), f"{command}: no target {target}"
+            continue
+        script = next((word for word in words if word.endswith(".py") and word != words[0]), None)
+        if words[0] in ("deepspeed", "python", "torchrun") and script:
+            assert (ROOT / script).exists(), f"{command}: no {script}"
+            position = words.index(script)
+            launcher_flags = {word for word in words[1:position] if word.startswith("--")}
+            assert words[0] != "deepspeed" or launcher_flags <= LAUNCHER_OPTIONS, command
+            used = {word.partition("=")[0] for word in words[position:] if word.startswith("--")}
+            assert used <= set(flags_of(ROOT / script)), (
+                f"{command}: {script} has no {used - set(flags_of(ROOT / script))}"
+            )
+        for path in re.findall(r"(?:day\d\d|config|data|tests|common)/[\w./-]+\.(?:json|py|txt|xz|sh)", command):
+            assert (ROOT / path).exists() or "/my" in path, f"{command}: no {path}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_json_parses_and_links_and_paths_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for language, body in FENCE.findall(text):
+        if language == "json":
+            json.loads(body)
+    prose = without_fences(text)
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", prose):
+        assert target.startswith("https://") or (page.parent / target).exists(), f"broken link {target}"
+    for path in re.findall(r"`((?:day\d\d|config|data|tests|common)/[\w./-]+\.\w+)`", prose):
+        assert (ROOT / path).exists(), f"{path} is mentioned and does not exist"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.name.endswith(".zh.md")], ids=by_name)
+def test_both_languages_tell_the_same_story(page):
+    english, chinese = page.read_text(encoding="utf-8"), page.with_suffix(".zh.md").read_text(encoding="utf-8")
+    assert FENCE.findall(english) == FENCE.findall(chinese), "code blocks must be identical"
+    for pattern, what in (
+        (r"^(#+) ", "headings"),
+        (r"<!-- \w+ .*? -->", "generated blocks"),
+        (r"^\|[-:| ]+\|$", "tables"),
+        (r"!\[[^\]]*\]\(([^)]+)\)", "pictures"),
+    ):
+        found = [re.findall(pattern, without_fences(text), re.M) for text in (english, chinese)]
+        assert found[0] == found[1], f"{what} differ"
+    rows = [len(re.findall(r"^\|", without_fences(text), re.M)) for text in (english, chinese)]
+    assert rows[0] == rows[1], "tables have different numbers of rows"
+    assert len(re.findall(r"[\u4e00-\u9fff]", chinese)) > 100, "the Chinese page is not in Chinese"
+
+
+@pytest.mark.parametrize("notes", NOTES, ids=by_name)
+@pytest.mark.parametrize("language", [0, 1], ids=["en", "zh"])
+def test_notes_have_the_sections_of_the_house_in_order(notes, language):
+    page = notes.with_suffix(".zh.md") if language else notes
+    headings = re.findall(r"^## (.*)$", without_fences(page.read_text(encoding="utf-8")), re.M)
+    expected = [section[language] for section in SECTIONS]
+    assert [heading for heading in headings if heading in expected] == expected
+
+
+@pytest.mark.launch
+def test_launcher_options_exist():
+    from tests.launch import BIN, run_command
+
+    known = run_command(BIN / "deepspeed", "--help").stdout
+    assert all(option in known for option in LAUNCHER_OPTIONS)
