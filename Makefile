@@ -8,6 +8,7 @@ STAMP  := $(VENV)/installed-$(shell cat requirements.txt | cksum | cut -d' ' -f1
 # All GPUs of this machine, or 2 CPU ranks. `make day05 RANKS=4` decides otherwise.
 GPUS   := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU)
 RANKS  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+LABEL  ?= $(RANKS)$(if $(filter-out 0,$(GPUS)),gpu,cpu)
 # More flags for a day's script: `make day02 ARGS="--steps 100"`.
 ARGS   ?=
 # On CPU, ranks share the cores: one thread each, or they fight. (The caller's own value wins.)
@@ -53,6 +54,6 @@ lint: $(STAMP)  ## ruff check and ruff format --check
 render: $(STAMP)  ## bring the generated blocks of the notes (diffs, tables, outputs) up to date
 	$(BIN)/python -m tests.render
 
-results: $(STAMP)  ## measure the notes' figures again on this machine, then render
-	./measure.sh $(BIN) $(RANKS)
+results: $(STAMP)  ## measure the notes' figures again on this machine (LABEL=h100 names the files), then render
+	PATH="$(CURDIR)/$(BIN):$$PATH" ./measure.sh $(LABEL) $(RANKS)
 	$(BIN)/python -m tests.render

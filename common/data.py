@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,6 +132,10 @@ def _open(corpus: str):
         if Path(corpus).is_file():
             loaded = datasets.load_dataset("text", data_files=corpus, sample_by="paragraph")
         else:
+            if not Path(corpus).is_dir() and os.environ.get("LOCAL_RANK", "0") == "0":
+                print(
+                    f"corpus {corpus!r}: asking the Hugging Face Hub ...", file=sys.stderr
+                )  # offline, this takes a minute
             loaded = datasets.load_dataset(*corpus.split(":"))
     except Exception as error:  # the hub's client has no common base class for "not found", "offline", "not a data set"
         raise UserError(

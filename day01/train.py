@@ -5,7 +5,7 @@ From the repository root, on the CPU or on one GPU:
     python day01/train.py
     python day01/train.py --steps 100 --corpus moby_dick
 
-Expect the held-out loss to fall from about ln(4096) = 8.3 to below 5.0; then a plot and a text sample.
+Expect the held-out loss to fall from about ln(4096) = 8.3 to below 5.3; then a plot and a text sample.
 Checked with torch 2.13.0. Source: Radford et al. 2019 (GPT-2); Loshchilov and Hutter 2019 (AdamW).
 """
 

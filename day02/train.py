@@ -5,7 +5,7 @@ From the repository root, on two CPU processes or two GPUs:
     deepspeed --num_accelerators 2 day02/train.py
     deepspeed --num_accelerators 2 day02/train.py --steps 100 --corpus moby_dick
 
-Expect the held-out loss to fall from about ln(4096) = 8.3 to below 5.0; then a plot and a text sample.
+Expect the held-out loss to fall from about ln(4096) = 8.3 to below 5.3; then a plot and a text sample.
 Checked with deepspeed 0.19.8. Source: https://www.deepspeed.ai/getting-started/
 """
 

@@ -9,6 +9,7 @@ A note marks a generated block with two HTML comments, which readers do not see:
     <!-- diff day01/train.py day02/train.py -->                 the unified diff
     <!-- output day02/results/train_cpu.json -->                the command and what it printed
     <!-- table day03/results/compare_cpu.json table config tokens_per_s:,.0f -->    rows and columns of a result file
+    <!-- runs day02/results/train_2cpu.json day02/results/train_h100.json -->      recorded runs, a row each
     <!-- number day02/results/train_cpu.json rows.-1.held_out_loss .2f -->          one value, inside a sentence
     <!-- end -->
 
@@ -20,10 +21,11 @@ import json
 import re
 import shlex
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
-LANGUAGE = {".py": "python", ".json": "json", ".sh": "bash"}
-BLOCK = re.compile(r"<!-- (file|lines|diff|output|table|number) (.*?) -->.*?<!-- end -->", re.S)
+LANGUAGE = {".py": "python", ".json": "json", ".sh": "bash", "": ""}
+BLOCK = re.compile(r"<!-- (file|lines|diff|output|table|runs|number) (.*?) -->.*?<!-- end -->", re.S)
 
 
 def pages() -> list[Path]:
@@ -84,6 +86,20 @@ def _table(name: str, rows: str, *columns: str) -> str:
         cells[-1] += ["–" if value is None else format(value, spec) for value in values]
     lines = ["| " + " | ".join(row) + " |" for row in zip(*cells, strict=True)]
     return "\n" + "\n".join(lines) + "\n\n" + _source(result).lstrip("\n")
+
+
+def _runs(*names: str) -> str:
+    rows = ["| machine | command | held-out loss | tokens/s | peak GiB | date |", "| :-- | :-- | --: | --: | --: | :-- |"]
+    for name in names:
+        result = json.loads(_read(name))
+        held_out = [row["held_out_loss"] for row in result["rows"] if "held_out_loss" in row]
+        steps = [row for row in result["rows"] if "loss" in row][1:]  # the first one pays for starting up
+        speed, versions = median(row["tokens_per_s"] for row in steps), result["versions"]
+        machine = f"{result['hardware']}, deepspeed {versions['deepspeed']}, torch {versions['torch']}"
+        loss = f"{held_out[0]:.2f} → {held_out[-1]:.2f}"
+        memory = f"{steps[-1]['memory_gib']:.2f}"
+        rows.append(f"| {machine} | `{result['command']}` | {loss} | {speed:,.0f} | {memory} | {result['date']} |")
+    return "\n" + "\n".join(rows) + "\n"
 
 
 def _number(name: str, path: str, spec: str = "") -> str:

@@ -1,0 +1,5 @@
+"""Before anything is imported: tests ask no hub for anything, so they say the same with and without a network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,0 +1,227 @@
+"""The shipped data, the corpus loader, the model presets, the run log, the plots, and the error sentences."""
+
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import common.data
+from common.data import TokenBlocks, endless_batches, held_out_loss, load_corpus, load_tokenizer
+from common.errors import UserError, clear_errors
+from common.memory import live_tensor_bytes
+from common.model import PRESETS, build_model
+from common.plots import plot_bars, plot_loss
+from common.results import write_results
+from common.run_log import RunLog, parse_lines, read_rows
+from tests.render import ROOT
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty token cache, so that a test reads its corpus anew."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for shipped in (ROOT / "data").iterdir():
+        if shipped.name != "cache":
+            (data / shipped.name).symlink_to(shipped)
+    monkeypatch.setattr(common.data, "DATA", data)
+    return data / "cache"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("bpe4096")
+
+
+def test_data_files_have_the_published_checksums():
+    done = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=ROOT / "data", capture_output=True)
+    assert done.returncode == 0, done.stdout.decode()
+    listed = {line.split()[1] for line in (ROOT / "data/SHA256SUMS").read_text().splitlines()}
+    shipped = {str(p.relative_to(ROOT / "data")) for p in (ROOT / "data").rglob("*") if p.is_file()}
+    shipped = {
+        name for name in shipped if not name.startswith("cache/") and Path(name).suffix in (".xz", ".json", ".txt")
+    }
+    assert listed == shipped
+
+
+def test_readme_of_data_has_the_real_token_counts(tokenizer):
+    table = (ROOT / "data/README.md").read_text()
+    for name in ("bpe4096", "gpt2"):
+        for corpus in ("moby_dick", "sotu"):
+            train, held_out = load_corpus(corpus, load_tokenizer(name), 128)
+            assert f"{len(train.tokens) + len(held_out.tokens):,}" in table
+
+
+def test_tokenizers_give_text_back():
+    for name in ("bpe4096", "gpt2"):
+        tokenizer = load_tokenizer(name)
+        text = "Call me Ishmael — “fellow-citizens”, 鲸鱼."
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert load_tokenizer("gpt2")("Hello world")["input_ids"] == [15496, 995]  # GPT-2's own ids
+
+
+def test_blocks_are_disjoint_consecutive_and_complete(tokenizer):
+    train, held_out = load_corpus("moby_dick", tokenizer, 64)
+    ids = torch.cat([train[i]["input_ids"] for i in range(len(train))])
+    assert ids.tolist() == train.tokens[: len(ids)].tolist() and len(train.tokens) - len(ids) < 64
+    assert torch.equal(train[3]["labels"], train[3]["input_ids"])
+    share = len(held_out.tokens) / (len(train.tokens) + len(held_out.tokens))
+    assert 0.02 < share < 0.1
+    documents = [set(" ".join(map(str, part.tokens.tolist())).split(" 0 ")) for part in (train, held_out)]
+    assert not documents[0] & documents[1], "a held-out document was trained on"
+
+
+def test_corpus_from_a_text_file_a_folder_and_a_changed_file(cache, tmp_path, tokenizer):
+    text = tmp_path / "mine.txt"
+    text.write_text("\n\n".join(f"Paragraph {i}: the quick brown fox jumps over the dog." for i in range(200)))
+    train, held_out = load_corpus(str(text), tokenizer, 16)
+    assert len(train) > len(held_out) > 0
+    folder = tmp_path / "set"
+    folder.mkdir()
+    lines = [json.dumps({"text": f"Line {i} of a data set in a folder."}) for i in range(100)]
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    (folder / "validation.jsonl").write_text("\n".join(lines[:7]))
+    _, held_out = load_corpus(str(folder), tokenizer, 16)
+    assert len(held_out.tokens) == sum(len(tokenizer(json.loads(line)["text"])["input_ids"]) + 1 for line in lines[:7])
+    before = len(train.tokens)
+    text.write_text(text.read_text() + "\n\nOne more paragraph." * 50)
+    assert len(load_corpus(str(text), tokenizer, 16)[0].tokens) > before, "a changed file must not hit the old cache"
+
+
+def test_second_load_reads_the_cache(cache, tokenizer, monkeypatch):
+    first, _ = load_corpus("moby_dick", tokenizer, 64)
+    monkeypatch.setattr(common.data, "_write_tokens", lambda *_: pytest.fail("tokenized again"))
+    second, _ = load_corpus("moby_dick", tokenizer, 64)
+    assert first.tokens.tolist() == second.tokens.tolist()
+
+
+def test_an_interrupted_tokenization_leaves_no_half_cache(cache, tokenizer, monkeypatch):
+    whole = common.data._write_tokens
+    monkeypatch.setattr(common.data, "_write_tokens", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        load_corpus("moby_dick", tokenizer, 64)
+    monkeypatch.setattr(common.data, "_write_tokens", whole)
+    assert len(load_corpus("moby_dick", tokenizer, 64)[0]) > 1000
+
+
+def test_corpus_errors_name_the_value_and_the_cure(tmp_path, tokenizer):
+    with pytest.raises(UserError, match=r"'mobydick' is neither shipped \(all, moby_dick, sotu\)"):
+        load_corpus("mobydick", tokenizer, 64)
+    small = tmp_path / "small.txt"
+    small.write_text("one paragraph\n\nand another\n\nand a third")
+    with pytest.raises(UserError, match=r"too small: its training part has \d+ tokens = 0 blocks of 64"):
+        load_corpus(str(small), tokenizer, 64)
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    (wrong / "train.jsonl").write_text('{"body": "no text column"}\n{"body": "b"}')
+    with pytest.raises(UserError, match=r"no `text` column; it has \['body'\]"):
+        load_corpus(str(wrong), tokenizer, 64)
+    with pytest.raises(UserError, match="tokenizer 'bpe5000' is neither shipped"):
+        load_tokenizer("bpe5000")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_every_rank_count_deals_out_each_block_once(ranks):
+    from torch.utils.data import DataLoader, DistributedSampler
+
+    blocks = TokenBlocks(torch.arange(48 * 4).numpy(), 4)
+    seen = []
+    for rank in range(ranks):
+        sampler = DistributedSampler(blocks, ranks, rank)
+        batches = endless_batches(DataLoader(blocks, batch_size=2, sampler=sampler, drop_last=True))
+        epochs = [[next(batches)["input_ids"][:, 0].tolist() for _ in range(48 // ranks // 2)] for _ in range(2)]
+        assert epochs[0] != epochs[1], "an epoch must be shuffled anew"
+        seen += sum(epochs[0], [])
+    assert sorted(seen) == [4 * i for i in range(48)]
+
+
+def test_held_out_loss_is_the_mean_over_blocks(tokenizer):
+    _, held_out = load_corpus("moby_dick", tokenizer, 128)
+    torch.manual_seed(0)
+    model = build_model("tiny", len(tokenizer))
+    ids = torch.stack([held_out[i]["input_ids"] for i in range(20)])
+    want = model(input_ids=ids, labels=ids).loss.item()
+    assert held_out_loss(model, held_out, torch.device("cpu"), max_blocks=20) == pytest.approx(want, abs=1e-5)
+    assert model.training
+
+
+# GPT-2's sizes as its authors count them, tied embedding included: 124M, 355M, 774M, 1558M.
+SIZES = {"tiny": 0.937, "gpt2": 124.44, "gpt2-medium": 354.82, "gpt2-large": 774.03, "gpt2-xl": 1557.61}
+
+
+@pytest.mark.parametrize(("name", "millions"), SIZES.items())
+def test_presets_have_the_published_sizes(name, millions):
+    with torch.device("meta"):  # shapes without memory
+        model = build_model(name, 4096 if name == "tiny" else 50257)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=1e-3)
+    assert not any(m.p for m in model.modules() if isinstance(m, torch.nn.Dropout))
+
+
+def test_unknown_preset():
+    with pytest.raises(UserError, match="unknown model preset 'gtp2'; choose one of: tiny, "):
+        build_model("gtp2", 10)
+    assert set(PRESETS) >= {"tiny", "gpt2", "gpt2-medium", "gpt2-xl"}
+
+
+def test_checkpoint_is_interchangeable_with_hugging_face(tmp_path, tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    model = build_model("tiny", len(tokenizer))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_run_log_prints_lines_that_parse_to_the_rows_it_wrote(tmp_path, capsys):
+    log = RunLog(tmp_path, num_steps=4, log_every=2, device=torch.device("cpu"))
+    log.held_out(0, 8.25)
+    for step in range(1, 5):
+        log.step(step, torch.tensor(8.0 - step), tokens=100, lr=0.1)
+    log.record(held_gib=0.5)
+    log.close()
+    rows = read_rows(tmp_path)
+    assert [row.get("step") for row in rows] == [0, 1, 2, 4, None] and rows[1]["lr"] == 0.1
+    printed = parse_lines(capsys.readouterr().out)
+    assert [(r["step"], r.get("loss"), r.get("held_out_loss")) for r in printed] == [
+        (r["step"], r.get("loss"), r.get("held_out_loss")) for r in rows[:4]
+    ]
+    plot_loss({"run": rows}, tmp_path / "loss.png", "a run")
+    plot_bars({"a": 1.0, "b": 2.0}, tmp_path / "bars.png", "bars", "tokens/s")
+    assert (tmp_path / "loss.png").stat().st_size > 5000 and (tmp_path / "bars.png").stat().st_size > 3000
+
+
+def test_results_name_hardware_versions_command_and_date(tmp_path):
+    write_results(tmp_path / "r.json", "python x.py", rows=[1])
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert set(result) == {"command", "hardware", "versions", "date", "rows"}
+    assert set(result["versions"]) >= {"python", "deepspeed", "torch", "transformers"}
+
+
+def test_live_tensor_bytes_counts_each_storage_once():
+    before = live_tensor_bytes(torch.device("cpu"))
+    kept = torch.zeros(1000)
+    views = [kept[:10], kept.view(10, 100)]
+    assert live_tensor_bytes(torch.device("cpu")) - before == 4000, views
+
+
+def test_errors_become_one_sentence_and_others_keep_their_traceback(capsys):
+    with pytest.raises(SystemExit) as exit_info, clear_errors():
+        raise UserError("--steps -1 is negative")
+    assert exit_info.value.code == 1 and capsys.readouterr().err == "error: --steps -1 is negative\n"
+    with pytest.raises(SystemExit), clear_errors():
+        raise RuntimeError("The server socket has failed to listen (errno: 98 - EADDRINUSE)\nC++ trace")
+    assert "--master_port" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a bug"), clear_errors():
+        raise RuntimeError("a bug")
+
+
+def test_tokenizer_file_is_what_its_script_makes():
+    """The BPE was trained on these very corpora: its merges' first lines follow from them."""
+    vocabulary = load_tokenizer("bpe4096").get_vocab()
+    assert len(vocabulary) == 4096 and vocabulary["<|endoftext|>"] == 0
+    assert {"Ġwhale", "ĠAhab", "ĠCongress", "Ġgovernment"} & set(vocabulary)
+    digest = hashlib.sha256((ROOT / "data/bpe4096/tokenizer.json").read_bytes()).hexdigest()
+    assert digest in (ROOT / "data/SHA256SUMS").read_text()

@@ -1,0 +1,123 @@
+"""Day 02: the engine trains as plain PyTorch does, and bad input gets one sentence."""
+
+import json
+import os
+import re
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.launch import error_line, run_day, run_plain
+from tests.render import ROOT
+
+STEPS = ("--steps", 20, "--log_every", 1)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Day 01 on one process: 20 steps with batch 16, the losses to agree with."""
+    return run_plain("day01/train.py", *STEPS, "--run_dir", tmp_path_factory.mktemp("plain")).losses
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Day 02 on two ranks, 2 x 8 = 16 sequences a step, started the way a reader does."""
+    run_dir = tmp_path_factory.mktemp("two_ranks")
+    before = set(os.listdir("/dev/shm"))
+    run = run_day("day02/train.py", *STEPS, "--run_dir", run_dir)
+    return run, run_dir, set(os.listdir("/dev/shm")) - before
+
+
+def config_with(tmp_path: Path, **changes) -> Path:
+    config = json.loads((ROOT / "day02/ds_config.json").read_text()) | changes
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.launch
+def test_two_ranks_equal_plain_pytorch(plain, two_ranks):
+    losses = two_ranks[0].losses
+    assert losses.keys() == plain.keys() == set(range(1, 21))
+    # Summation order differs, nothing else: 1e-6 was measured over these 20 steps.
+    assert max(abs(losses[step] - plain[step]) for step in plain) <= 1e-5
+
+
+@pytest.mark.launch
+def test_accumulation_equals_the_large_batch(plain, tmp_path):
+    config = config_with(tmp_path, train_micro_batch_size_per_gpu=4, gradient_accumulation_steps=4)
+    run = run_day("day02/train.py", *STEPS, "--run_dir", tmp_path, "--deepspeed_config", config, ranks=1)
+    assert "batch 16 = 4 micro x 4 accumulation x 1 ranks" in run.stdout
+    assert max(abs(run.losses[step] - plain[step]) for step in plain) <= 1e-5
+
+
+@pytest.mark.launch
+def test_run_proves_itself_and_leaves_log_plot_and_sample(two_ranks):
+    run, run_dir, _ = two_ranks
+    assert "zero stage 0 | AdamW | cpu" in run.stdout or torch.cuda.is_available()
+    assert "batch 16 = 8 micro x 1 accumulation x 2 ranks" in run.stdout
+    assert run.held_out[20] < run.held_out[0] - 1
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert {row["step"]: row["loss"] for row in rows if "loss" in row} == pytest.approx(run.losses, abs=1e-6)
+    assert (run_dir / "loss.png").stat().st_size > 5000 and "sample: 'The whale" in run.stdout
+
+
+@pytest.mark.launch
+def test_cpu_start_builds_nothing_and_leaves_no_shared_memory(two_ranks):
+    run, _, left_in_shm = two_ranks
+    assert not left_in_shm
+    assert not re.search(r"ninja|Building extension|Loading extension", run.stdout + run.stderr)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--corpus", "mobydick"], "corpus 'mobydick' is neither shipped (all, moby_dick, sotu)"),
+        (["--model", "gtp2"], "unknown model preset 'gtp2'; choose one of: tiny"),
+        (["--deepspeed_config", "no/such.json"], "Received: no/such.json"),
+    ],
+)
+def test_bad_flags_get_one_sentence(flags, sentence):
+    run = run_day("day02/train.py", *flags, ranks=1, check=False)
+    assert run.code != 0 and sentence in error_line(run) and "Traceback" not in run.stderr
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"train_micro_batch_size_per_gpu": 8,', "the config is not valid JSON"),
+        ('{"train_batch_size": 7, "train_micro_batch_size_per_gpu": 8}', "7 != 8"),
+        ('{"optimizer": {"type": "AdamW"}}', "give the JSON a train_micro_batch_size_per_gpu"),
+    ],
+)
+def test_bad_configs_get_one_sentence(tmp_path, text, sentence):
+    (tmp_path / "bad.json").write_text(text)
+    run = run_day("day02/train.py", "--deepspeed_config", tmp_path / "bad.json", ranks=1, check=False)
+    assert run.code != 0 and sentence in error_line(run) and "Traceback" not in run.stderr
+
+
+@pytest.mark.launch
+def test_port_in_use_gets_one_sentence():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        run = run_day("day02/train.py", ranks=1, port=taken.getsockname()[1], check=False)
+    assert run.code != 0 and "--master_port" in error_line(run)
+
+
+@pytest.mark.launch
+def test_plain_python_gets_one_sentence():
+    run = run_plain("day02/train.py", check=False)
+    assert run.code == 1
+    assert error_line(run).endswith("Start it with: deepspeed --num_accelerators 2 day02/train.py")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 CUDA devices")
+def test_two_gpus_learn(tmp_path):
+    run = run_day("day02/train.py", "--steps", 60, "--run_dir", tmp_path)
+    assert "zero stage 0 | AdamW | cuda" in run.stdout and run.held_out[60] < 6.5

@@ -1,0 +1,28 @@
+"""Every day's exercise fails with a helpful sentence as shipped, and its solution passes the same check."""
+
+import pytest
+
+from tests.launch import error_line, run_day
+from tests.render import ROOT
+
+DAYS = sorted(path.parent.name for path in ROOT.glob("day[0-9][0-9]/exercise.py"))
+
+
+@pytest.mark.parametrize("day", DAYS)
+def test_exercise_has_todos_and_solution_has_none(day):
+    assert "TODO" in (ROOT / day / "exercise.py").read_text()
+    assert "TODO" not in (ROOT / day / "solution.py").read_text()
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("day", DAYS)
+def test_unsolved_exercise_fails_and_says_what_to_do(day):
+    run = run_day(f"{day}/exercise.py", check=False)
+    assert run.code != 0 and "solved" not in run.stdout
+    assert error_line(run).startswith("not yet")
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("day", DAYS)
+def test_solution_passes(day):
+    assert "solved" in run_day(f"{day}/solution.py").stdout
