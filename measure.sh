@@ -9,7 +9,10 @@ record "day01/results/check_env_$label.json" python day01/check_env.py
 record "day01/results/train_$label.json" python day01/train.py
 record "day01/results/hello_$label.json" deepspeed --num_accelerators "$ranks" day01/hello_distributed.py
 record "day02/results/train_$label.json" deepspeed --num_accelerators "$ranks" day02/train.py
+record "day03/results/train_$label.json" deepspeed --num_accelerators "$ranks" day03/train.py \
+    --deepspeed_config day03/ds_config_cosine.json
 
+mkdir -p day03/results
 compare=(python day03/compare.py --ranks "$ranks" --run_dir "runs/results/day03_$label")
 if nvidia-smi >/dev/null 2>&1; then # precision is a GPU's subject, and takes a model that keeps it busy
     compare+=(--model gpt2 --steps 100 --configs)

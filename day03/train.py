@@ -83,6 +83,7 @@ def main() -> None:
     print0(f"tensors held between steps: {held_gib:.4f} GiB a rank")
     log.record(held_gib=held_gib)
     log.close()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -50,8 +50,7 @@ def run_command(*command: object, timeout: int = 300, check: bool = True, **env:
 
     Runs in a process group of its own, which is killed on time-out, so no rank outlives its test.
     """
-    # Ranks share the cores (more threads only fight) and need no GPU here; no hub is asked for anything.
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}  # ranks share the cores; more threads only fight
     process = subprocess.Popen(
         [str(part) for part in command],
         cwd=ROOT, env=env, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -47,7 +47,7 @@ def test_schedule_follows_the_json(compared):
     # the rate logged after step s is the one for step s+1; schedules start one step late: see the notes
     assert rows[1] == 0.0
     for step in (5, 10, 15, 20, 25, 30):
-        assert rows[step] == pytest.approx(0.004 * (step - 1) / 30, rel=1e-6)
+        assert rows[step] == pytest.approx(0.002 * (step - 1) / 30, rel=1e-6)
 
 
 @pytest.mark.launch
