@@ -12,7 +12,7 @@ record "day02/results/train_$label.json" deepspeed --num_accelerators "$ranks" d
 record "day03/results/train_$label.json" deepspeed --num_accelerators "$ranks" day03/train.py \
     --deepspeed_config day03/ds_config_cosine.json
 
-mkdir -p day03/results
+mkdir -p day03/results day04/results
 compare=(python day03/compare.py --ranks "$ranks" --run_dir "runs/results/day03_$label")
 if nvidia-smi >/dev/null 2>&1; then # precision is a GPU's subject, and takes a model that keeps it busy
     compare+=(--model gpt2 --steps 100 --configs)
@@ -21,3 +21,7 @@ fi
 "${compare[@]}"
 cp "runs/results/day03_$label/compare.json" "day03/results/compare_$label.json"
 for plot in loss speed; do cp "runs/results/day03_$label/$plot.png" "day03/results/${plot}_$label.png"; done
+
+python day04/tune.py --ranks "$ranks" --run_dir "runs/results/day04_$label"
+cp "runs/results/day04_$label/tune.json" "day04/results/tune_$label.json"
+cp "runs/results/day04_$label/speed.png" "day04/results/tune_$label.png"

@@ -54,6 +54,7 @@ def build_model(name: str, vocab_size: int, eos_token_id: int = 0) -> GPT2LMHead
         attn_pdrop=0.0,
         bos_token_id=eos_token_id,
         eos_token_id=eos_token_id,
+        use_cache=False,  # keys and values of past tokens: for generation, useless in training
     )
     model = GPT2LMHeadModel(config)
     model.loss_type = "ForCausalLM"  # `transformers` does not derive it from this class's name, and warns

@@ -15,7 +15,8 @@ def print0(message: str) -> None:
     One write, newline included: the launcher runs `python -u`, where `print` makes several writes
     and lines from different ranks can mix.
     """
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    if rank == 0:
         sys.stdout.write(message + "\n")
 
 

@@ -8,6 +8,7 @@ It says what is still missing, or "solved". The answers are in solution.py. Sour
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,7 @@ def check(all_reduce_bytes: Callable, blocks_of_rank: Callable, all_reduce: Call
     parser.parse_args()
     require_launcher()
     start_without_compiler()
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed()
     rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device(get_accelerator().current_device_name())

@@ -47,8 +47,10 @@ def main() -> None:
     args = parse_args()
     require_launcher()
     start_without_compiler()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    get_accelerator().set_device(local_rank)  # first of all: without it, every rank would use GPU 0
     deepspeed.init_distributed()  # gloo on CPU, NCCL on NVIDIA GPUs
-    rank, world, local_rank = dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"])
+    rank, world = dist.get_rank(), dist.get_world_size()
     if args.numel < 1 or args.numel % world:
         raise UserError(f"--numel {args.numel} cannot be cut into {world} equal parts; try --numel {2 * world}")
     device = torch.device(get_accelerator().device_name(local_rank))

@@ -10,12 +10,14 @@ The answers are in solution.py. Source: day02/notes.md.
 
 import argparse
 import copy
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch.nn.functional import mse_loss
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ is one level up
@@ -52,6 +54,7 @@ def check(make_config: Callable, train_step: Callable) -> None:
     parser.parse_args()
     require_launcher()
     start_without_compiler()
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed()
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.manual_seed(0)
@@ -89,6 +92,7 @@ def check(make_config: Callable, train_step: Callable) -> None:
             " divides by the accumulation steps, and gradients are clipped unless the config says 0.0"
         )
     print0("solved: the same weights as plain PyTorch")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def main() -> None:
         sample = engine.module.generate(**prompt, max_new_tokens=60, do_sample=True, top_k=50)
         print0(f"loss curve: {show_path(plot)}")
         print0(f"sample: {tokenizer.decode(sample[0])!r}")
-    torch.distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()  # or a backend thread may abort the process as it exits
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Record a run for the notes: its command, machine, output and log rows as JSON, and its loss curve beside it.
 
-    python -m tests.record day02/results/train_cpu.json deepspeed --num_accelerators 2 day02/train.py
+    python -m tests.record day02/results/train_2cpu.json deepspeed --num_accelerators 2 day02/train.py
 
 The notes show these files (tests/render.py); `make results` records all of them on the machine at hand.
 """

@@ -7,10 +7,10 @@ A note marks a generated block with two HTML comments, which readers do not see:
     <!-- file day02/ds_config.json -->                          the file, in a code fence
     <!-- lines day02/train.py "batches =" "log.step" -->        the lines from one text to the other
     <!-- diff day01/train.py day02/train.py -->                 the unified diff
-    <!-- output day02/results/train_cpu.json -->                the command and what it printed
-    <!-- table day03/results/compare_cpu.json table config tokens_per_s:,.0f -->    rows and columns of a result file
+    <!-- output day02/results/train_2cpu.json -->                the command and what it printed
+    <!-- table day03/results/compare_2cpu.json table config tokens_per_s:,.0f -->    rows and columns of a result file
     <!-- runs day02/results/train_2cpu.json day02/results/train_h100.json -->      recorded runs, a row each
-    <!-- number day02/results/train_cpu.json rows.-1.held_out_loss .2f -->          one value, inside a sentence
+    <!-- number day02/results/train_2cpu.json rows.-1.held_out_loss .2f -->          one value, inside a sentence
     <!-- end -->
 
 `tests/test_notes.py` fails when a block is out of date; this program brings it up to date.
@@ -75,21 +75,22 @@ def _output(name: str) -> str:
 
 
 def _table(name: str, rows: str, *columns: str) -> str:
-    """`column:format` picks a value of each row; the name may be given another heading as `Heading=column:format`."""
+    """`column:format` picks a value of each row; `A_heading=column:format` names it otherwise."""
     result = json.loads(_read(name))
     cells = []
     for column in columns:
         heading, _, key = column.rpartition("=")
         key, _, spec = key.partition(":")
         values = [row.get(key) for row in result[rows]]
-        cells.append([heading or key, ":--" if isinstance(values[0], str) else "--:"])
+        cells.append([(heading or key).replace("_", " "), ":--" if isinstance(values[0], str) else "--:"])
         cells[-1] += ["–" if value is None else format(value, spec) for value in values]
     lines = ["| " + " | ".join(row) + " |" for row in zip(*cells, strict=True)]
     return "\n" + "\n".join(lines) + "\n\n" + _source(result).lstrip("\n")
 
 
 def _runs(*names: str) -> str:
-    rows = ["| machine | command | held-out loss | tokens/s | peak GiB | date |", "| :-- | :-- | --: | --: | --: | :-- |"]
+    rows = ["| machine | command | held-out loss | tokens/s | peak GiB | date |"]
+    rows += ["| :-- | :-- | --: | --: | --: | :-- |"]
     for name in names:
         result = json.loads(_read(name))
         held_out = [row["held_out_loss"] for row in result["rows"] if "held_out_loss" in row]

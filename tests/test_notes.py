@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import pytest
 
@@ -52,14 +53,12 @@ def test_generated_blocks_are_up_to_date(page):
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
 def test_commands_name_scripts_flags_and_files_that_exist(page):
     for command in commands(page.read_text(encoding="utf-8")):
-        words = command.split()
+        words = shlex.split(command)
         while re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # VARIABLE=value before the program
             words.pop(0)
         if words[0] == "make":
-            targets = [word for word in words[1:] if not re.match(r"[A-Z]+=", word) and word[0] not in "\"'-"]
-            for target in targets:
-                if re.match(r"[a-z]", target):
-                    assert target in TARGETS or (ROOT / target).is_dir(), f"{command}: no target {target}"
+            for target in (word for word in words[1:] if not re.match(r"[A-Z]+=", word)):
+                assert target in TARGETS or (ROOT / target / "train.py").exists(), f"{command}: no target {target}"
             continue
         script = next((word for word in words if word.endswith(".py") and word != words[0]), None)
         if words[0] in ("deepspeed", "python", "torchrun") and script:
