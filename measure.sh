@@ -22,6 +22,11 @@ fi
 cp "runs/results/day03_$label/compare.json" "day03/results/compare_$label.json"
 for plot in loss speed; do cp "runs/results/day03_$label/$plot.png" "day03/results/${plot}_$label.png"; done
 
+record "day04/results/train_$label.json" deepspeed --num_accelerators "$ranks" day04/train.py \
+    --steps 100 --set zero_optimization.stage=2 gradient_accumulation_steps=2
+printf '{"train_micro_batch_size_per_gpu": 8, "gradient_cliping": 0.5, "stage": 2}\n' >my.json
+record --fails "day04/results/check_$label.json" python config/check.py my.json
+rm my.json
 python day04/tune.py --ranks "$ranks" --run_dir "runs/results/day04_$label"
 cp "runs/results/day04_$label/tune.json" "day04/results/tune_$label.json"
 cp "runs/results/day04_$label/speed.png" "day04/results/tune_$label.png"

@@ -1,6 +1,7 @@
 """Record a run for the notes: its command, machine, output and log rows as JSON, and its loss curve beside it.
 
     python -m tests.record day02/results/train_2cpu.json deepspeed --num_accelerators 2 day02/train.py
+    python -m tests.record --fails day04/results/check_2cpu.json python config/check.py my.json
 
 The notes show these files (tests/render.py); `make results` records all of them on the machine at hand.
 """
@@ -24,7 +25,10 @@ NOISE = re.compile(r"^\[20\d\d-|^\[rank|^\[W|^\s*$")
 
 
 def main() -> None:
-    path, command = Path(sys.argv[1]), sys.argv[2:]
+    arguments = sys.argv[1:]
+    should_fail = arguments[0] == "--fails"  # a run that ends with an error is recorded only when that is its point
+    path, *command = arguments[should_fail:]
+    path = Path(path)
     start = time.perf_counter()
     program = shutil.which(command[0], path=f"{BIN}:{os.environ['PATH']}")
     process = subprocess.Popen([program, *command[1:]], cwd=ROOT, text=True, stdout=subprocess.PIPE)
@@ -32,11 +36,13 @@ def main() -> None:
     for line in process.stdout:
         sys.stdout.write(line)
         lines.append(line.rstrip("\n").replace(f"{ROOT}/", ""))
-    if process.wait():
-        sys.exit(f"{' '.join(command)} ended with exit code {process.returncode}: nothing recorded")
+    code = process.wait()
+    if bool(code) != should_fail:
+        sys.exit(f"{' '.join(command)} ended with exit code {code}: nothing recorded")
     output = [line for line in lines if not NOISE.search(line)]
     rows = parse_lines("\n".join(output))
-    write_results(path, " ".join(command), wall_s=round(time.perf_counter() - start, 1), output=output, rows=rows)
+    wall_s = round(time.perf_counter() - start, 1)
+    write_results(path, " ".join(command), exit_code=code, wall_s=wall_s, output=output, rows=rows)
     if rows:
         plot_loss({" ".join(command): rows}, path.with_suffix(".png"), json.loads(path.read_text())["hardware"])
 

@@ -10,8 +10,11 @@ from tests.render import ROOT
 
 SCRIPTS = sorted(ROOT.glob("day[0-9][0-9]/*.py"))
 # Scripts whose lesson needs more room, and why.
-LONGER = {"day01/check_env.py": "a report with a row for each thing that can be missing"}
-MAX_SCRIPT_LINES, MAX_COMMON_LINES = 120, 600
+LONGER = {
+    "day01/check_env.py": "a report with a row for each thing that can be missing",
+    "day04/train.py": "reads, changes, checks and explains a config before it trains",
+}
+MAX_SCRIPT_LINES, MAX_COMMON_LINES = 120, 500  # common/: lines that are not blank
 # The base flags: the same meaning in every training script.
 BASE = flags_of(ROOT / "day02/train.py")
 TRAINING = [script for script in SCRIPTS if script.name == "train.py" and script.parent.name != "day01"]
@@ -55,6 +58,6 @@ def test_a_day_has_its_parts(day):
 
 def test_common_stays_small_and_free_of_deepspeed():
     texts = {path.name: path.read_text() for path in ROOT.glob("common/*.py")}
-    assert sum(len(text.splitlines()) for text in texts.values()) <= MAX_COMMON_LINES
+    assert sum(bool(line.strip()) for text in texts.values() for line in text.splitlines()) <= MAX_COMMON_LINES
     importing = {name for name, text in texts.items() if re.search(r"^\s*(import|from) deepspeed", text, re.M)}
     assert importing == {"cpu.py"}, "the lesson lives in dayXX/; cpu.py alone may touch deepspeed"

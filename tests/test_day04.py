@@ -1,0 +1,67 @@
+"""Day 04: the checker stands before training, the engine proves the settings, tune.py compares them."""
+
+import json
+import re
+
+import pytest
+
+from tests.launch import error_line, free_port, run_day, run_plain
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """train.py with two values changed and recomputation on."""
+    changes = ["zero_optimization.stage=2", "gradient_accumulation_steps=2"]
+    flags = ["--steps", 6, "--log_every", 2, "--recompute", "--run_dir", tmp_path_factory.mktemp("day04")]
+    return run_day("day04/train.py", "--set", *changes, *flags)
+
+
+@pytest.mark.launch
+def test_engine_shows_what_was_set(trained):
+    shown = dict(re.findall(r"^([a-z][\w ]{23}) (.*)$", trained.stdout, re.M))
+    shown = {name.strip(): value for name, value in shown.items()}
+    assert shown["batch"] == "32 = 8 micro x 2 accumulation x 2 ranks"
+    assert shown["zero stage"] == "2" and shown["recompute"] == "True"
+    assert shown["optimizer"] == "AdamW in DeepSpeedZeroOptimizer" and shown["schedule"] == "WarmupCosineLR"
+    assert shown["buckets"] == "reduce 5,000,000 | allgather 5,000,000 elements"
+    assert trained.held_out[6] < trained.held_out[0]
+
+
+@pytest.mark.launch
+def test_training_stops_before_a_config_that_would_train_something_else():
+    run = run_day("day04/train.py", "--set", "stage=2", ranks=1, check=False)
+    assert run.code != 0 and "stage: Unknown key" in run.stdout
+    assert "would not train what it says" in error_line(run)
+
+
+@pytest.mark.launch
+def test_any_template_trains(tmp_path):
+    flags = ["--deepspeed_config", "config/cpu_fp32.json", "--steps", 3, "--log_every", 1, "--run_dir", tmp_path]
+    run = run_day("day04/train.py", *flags)
+    assert "batch                    8 = 4 micro x 1 accumulation x 2 ranks" in run.stdout
+    assert run.losses[3] < run.losses[1]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--set", "zero_optimization.stage"], "is not of the form section.key=value"),
+        (["--deepspeed_config", "no/such.json"], "no config file 'no/such.json'"),
+    ],
+)
+def test_bad_flags_get_one_sentence(flags, sentence):
+    assert sentence in error_line(run_day("day04/train.py", *flags, ranks=1, check=False))
+
+
+@pytest.mark.launch
+def test_tune_compares_variants_and_keeps_going_after_a_failure(tmp_path):
+    variants = ["zero_optimization.stage=0", "zero_optimization.stage=7"]
+    flags = ["--variants", *variants, "--steps", 10, "--run_dir", tmp_path, "--port", free_port()]
+    run_plain("day04/tune.py", *flags)
+    unchanged, stage0, stage7 = json.loads((tmp_path / "tune.json").read_text())["table"]
+    assert unchanged["relative"] == 1.0 and stage0["relative"] > 0
+    # bytes a parameter, fp32, two ranks: ZeRO-0 4 + 8; ZeRO-1 4 + (4 + 8) / 2 = 10, buckets freed between steps
+    assert stage0["held_gib"] * 2**30 / 937_472 == pytest.approx(12, rel=0.01)
+    assert unchanged["held_gib"] * 2**30 / 937_472 == pytest.approx(10, rel=0.01)
+    assert "error" in stage7 and (tmp_path / "speed.png").exists()
