@@ -19,8 +19,8 @@ def plot_loss(runs: dict[str, list[dict]], path: str | Path, title: str) -> None
         held_out = [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row]
         (line,) = axes.plot(*zip(*train, strict=True), label=label)
         if held_out:
-            axes.plot(*zip(*held_out, strict=True), "o", color=line.get_color(), label=f"{label}, held out")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title=title)
+            axes.plot(*zip(*held_out, strict=True), "o", color=line.get_color())
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a token); dots: held out", title=title)
     _save(figure, axes, path)
 
 
@@ -28,9 +28,9 @@ def plot_bars(values: dict[str, float], path: str | Path, title: str, unit: str)
     """Draw one horizontal bar a label, with its value written beside it, into `path`."""
     figure, axes = plt.subplots(figsize=(7, 0.8 + 0.4 * len(values)))
     bars = axes.barh(list(values), list(values.values()))
-    axes.bar_label(bars, fmt="{:,.4g}", padding=3)
+    axes.bar_label(bars, fmt=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}", padding=3)
     axes.invert_yaxis()  # first label on top
-    axes.margins(x=0.15)
+    axes.margins(x=0.18)
     axes.set(xlabel=unit, title=title)
     _save(figure, axes, path)
 

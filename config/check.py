@@ -7,7 +7,8 @@ DeepSpeed reads its top level and half of its sections with dict.get: a typo the
 is trained. The other half is validated, with errors that rarely name the line. This file names the line, says what
 would happen, and how to repair it, in a tenth of a second and without importing torch or deepspeed.
 
---hf          for the Hugging Face Trainer and Accelerate, which fill in some (not all!) values that are "auto"
+--hf          for the Hugging Face Trainer and Accelerate, which fill in some (not all!) values that are "auto";
+              a file called *_hf.json is checked so without it
 --world_size  number of ranks, so that the batch arithmetic can be checked exactly
 Exit code     1 when there are errors, 2 when a file cannot be read, 0 otherwise.
 
@@ -803,7 +804,7 @@ def zero_stage(c) -> Iterator[Finding]:
         or k.endswith("fp16_weights_on_model_save")):  # fmt: skip
         message = "save_16bit_model() writes nothing and returns False; the HF Trainer saves a ZeRO checkpoint instead."
         fix = 'Add "stage3_gather_16bit_weights_on_model_save": true, or convert checkpoints with zero_to_fp32.py.'
-        yield c.note(f"{at}.stage3_gather_16bit_weights_on_model_save", message, fix)
+        yield c.warning(f"{at}.stage3_gather_16bit_weights_on_model_save", message, fix)
     if truthy(zero.get("legacy_stage1")):
         yield c.error(f"{at}.legacy_stage1", "No longer supported: DeepSpeed raises at initialize().", "Delete it.")
     if c.stage == 3 and truthy(zero.get("elastic_checkpoint")):
@@ -1237,7 +1238,8 @@ def check(source, world_size=None, hf=False):
 
     source      a dict, a path (str or Path), the JSON text itself (str that holds a "{" or a line break), or bytes
     world_size  number of ranks; None leaves the batch arithmetic open where it depends on it
-    hf          True for the Hugging Face Trainer and Accelerate: they fill in "auto", and read JSON strictly
+    hf          True for the Hugging Face Trainer and Accelerate: they fill in "auto", and read JSON strictly.
+                A file called *_hf.json is for them by its name.
 
     Raises OSError when there is no such file.
     """
@@ -1246,6 +1248,7 @@ def check(source, world_size=None, hf=False):
         config = source
     else:
         if isinstance(source, Path) or (isinstance(source, str) and source and not re.search(r"[{\n]", source)):
+            hf = hf or str(source).endswith("_hf.json")
             with open(source, "rb") as file:
                 source = file.read(MAX_BYTES + 1)
                 size = os.fstat(file.fileno()).st_size

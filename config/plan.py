@@ -402,9 +402,10 @@ def arithmetic(model: Model, row: dict, args: argparse.Namespace) -> list[str]:
         line("all-reduce buffer", "4 × min(5e8, Ψ)", buffers["buckets"])
     else:
         copies = "2 × " if stage < 3 and zero.get("overlap_comm") else ""
-        line(
-            "reduce buckets", f"{copies}reduce_bucket_size {zero['reduce_bucket_size']:,} × {width}", buffers["buckets"]
-        )
+        formula = f"{copies}reduce_bucket_size {zero['reduce_bucket_size']:,} × {width}"
+        if stage < 3 and zero.get("offload_optimizer"):
+            formula += f" + largest gradient {max(model.sizes):,} × {width}"
+        line("reduce buckets", formula, buffers["buckets"])
     live = zero.get("stage3_max_live_parameters", 1_000_000_000)
     line("gathered parameters", f"at most min(Ψ, stage3_max_live_parameters {live:,}) × {width}", buffers["gathered"])
     line("autocast copies", f"2 × Ψ = 2 × {psi:,}", buffers["autocast"])

@@ -506,7 +506,7 @@ MISTAKES = [
     M("no optimizer", cfg(optimizer=None, **zero(3)), ("note", "optimizer", "first step"),
       Raises("DeepSpeedZeRoOffload", "step")),
     M("no gather flag", cfg(zero_optimization={"stage": 3}),
-      ("note", "zero_optimization.stage3_gather_16bit_weights_on_model_save", "save_16bit_model"),
+      ("warning", "zero_optimization.stage3_gather_16bit_weights_on_model_save", "save_16bit_model"),
       Gives({"e.save_16bit_model('/tmp/never')": "False"})),
     M("hf: max_grad_norm is not passed on", cfg(gradient_clipping=None, **zero(1)),
       ("note", "gradient_clipping", "max_grad_norm"), Gives({"e.gradient_clipping()": "1.0"}), {"hf": True}),
@@ -524,7 +524,7 @@ BF16 = {"bf16": {"enabled": True}}
 HF = {"hf": True}
 CLIP = "note gradient_clipping"
 NO_OPTIMIZER = "note optimizer"
-GATHER = "note zero_optimization.stage3_gather_16bit_weights_on_model_save"
+GATHER = "warning zero_optimization.stage3_gather_16bit_weights_on_model_save"
 
 
 def warmup(type_="WarmupLR", **more):

@@ -78,6 +78,12 @@ def run_plain(script: str, *flags: object, **options) -> Run:
     return run_command(BIN / "python", script, *flags, **options)
 
 
+def run_one_rank(script: str, *flags: object, **options) -> Run:
+    """Run `script` as the only rank, with the environment that the launcher would give it: seconds faster."""
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    return run_plain(script, *flags, **rank, MASTER_PORT=str(free_port()), **options)
+
+
 def error_line(run: Run) -> str:
     """The one sentence that a failed run gave."""
     found = re.findall(r"^error: (.*)$", run.stderr, re.M)

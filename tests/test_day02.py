@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch import error_line, run_day, run_plain
+from tests.launch import error_line, run_day, run_one_rank, run_plain
 from tests.render import ROOT
 
 STEPS = ("--steps", 20, "--log_every", 1)
@@ -81,7 +81,7 @@ def test_cpu_start_builds_nothing_and_leaves_no_shared_memory(two_ranks):
     ],
 )
 def test_bad_flags_get_one_sentence(flags, sentence):
-    run = run_day("day02/train.py", *flags, ranks=1, check=False)
+    run = run_one_rank("day02/train.py", *flags, check=False)
     assert run.code != 0 and sentence in error_line(run) and "Traceback" not in run.stderr
 
 
@@ -92,11 +92,15 @@ def test_bad_flags_get_one_sentence(flags, sentence):
         ('{"train_micro_batch_size_per_gpu": 8,', "the config is not valid JSON"),
         ('{"train_batch_size": 7, "train_micro_batch_size_per_gpu": 8}', "7 != 8"),
         ('{"optimizer": {"type": "AdamW"}}', "give the JSON a train_micro_batch_size_per_gpu"),
+        (
+            '{"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 7}}',
+            "stage Input should be 0, 1, 2, 3",
+        ),
     ],
 )
 def test_bad_configs_get_one_sentence(tmp_path, text, sentence):
     (tmp_path / "bad.json").write_text(text)
-    run = run_day("day02/train.py", "--deepspeed_config", tmp_path / "bad.json", ranks=1, check=False)
+    run = run_one_rank("day02/train.py", "--deepspeed_config", tmp_path / "bad.json", check=False)
     assert run.code != 0 and sentence in error_line(run) and "Traceback" not in run.stderr
 
 

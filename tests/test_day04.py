@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.launch import error_line, free_port, run_day, run_plain
+from tests.launch import error_line, free_port, run_day, run_one_rank, run_plain
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_engine_shows_what_was_set(trained):
 
 @pytest.mark.launch
 def test_training_stops_before_a_config_that_would_train_something_else():
-    run = run_day("day04/train.py", "--set", "stage=2", ranks=1, check=False)
+    run = run_one_rank("day04/train.py", "--set", "stage=2", check=False)
     assert run.code != 0 and "stage: Unknown key" in run.stdout
     assert "would not train what it says" in error_line(run)
 
@@ -51,7 +51,7 @@ def test_any_template_trains(tmp_path):
     ],
 )
 def test_bad_flags_get_one_sentence(flags, sentence):
-    assert sentence in error_line(run_day("day04/train.py", *flags, ranks=1, check=False))
+    assert sentence in error_line(run_one_rank("day04/train.py", *flags, check=False))
 
 
 @pytest.mark.launch

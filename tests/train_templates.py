@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps a template")
     parser.add_argument("--hidden", type=int, default=64, help="width of the model")
     parser.add_argument("--layers", type=int, default=2, help="blocks of the model")
-    parser.add_argument("--nvme_path", default=None, help="folder on an NVMe drive (default: a temporary folder)")
+    parser.add_argument("--nvme_path", default=None, help="existing folder on an NVMe drive; without it NVMe offload is left out")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     return parser.parse_args()
 
@@ -59,12 +59,12 @@ def parse_args() -> argparse.Namespace:
 # ---- what this machine cannot do as written -------------------------------------------------------------------------
 
 
-def why_not(name: str, config: dict, world_size: int) -> str | None:
+def why_not(config: dict, world_size: int, nvme_path: str | None) -> str | None:
     """The reason for which this machine cannot run the template at all, or None."""
     zero = config["zero_optimization"]
     if "nvme" in str(zero):
-        if ON_CPU:
-            return "left to the GPU run: the async_io op takes minutes to compile (and needs the package libaio-dev)"
+        if nvme_path is None:
+            return "only with --nvme_path FOLDER: it compiles async_io, which takes minutes and needs libaio-dev"
         if not deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible():
             return "the async_io op is not compatible here: install the package libaio-dev"
     tensor_parallel = config.get("tensor_parallel", {}).get("autotp_size", 1)
@@ -355,7 +355,6 @@ def main() -> None:
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed()
     rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
-    nvme_path = args.nvme_path or tempfile.mkdtemp(prefix="nvme_")
     chosen = [path for path in TEMPLATES if not args.only or any(part in path.stem for part in args.only)]
     chosen.sort(key=lambda path: next((i for i, part in enumerate(LAST, 1) if part in path.stem), 0))
 
@@ -363,10 +362,10 @@ def main() -> None:
     for path in chosen:
         name, config = path.stem, json.loads(path.read_text())
         began = time.perf_counter()
-        if reason := why_not(name, config, world_size):
+        if reason := why_not(config, world_size, args.nvme_path):
             results[name] = {"ok": None, "skipped": reason}
             continue
-        changes = adapt(config, world_size, nvme_path)
+        changes = adapt(config, world_size, args.nvme_path)
         get_accelerator().reset_peak_memory_stats()
         result = {"ok": False, "losses": [], "changes": changes, "error": None}
         try:
