@@ -16,6 +16,7 @@ export OMP_NUM_THREADS ?= $(if $(filter-out 0,$(GPUS)),8,1)
 LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS)
 
 .DEFAULT_GOAL := help
+FORCE:  # the folders day01 ... exist, and must not count as made
 .PHONY: help venv train test test-fast lint results render
 
 help:  ## this list
@@ -29,16 +30,17 @@ $(STAMP): requirements.txt
 
 train: day02  ## train the first DeepSpeed program (day 02), on all GPUs or on 2 CPU ranks
 
-day%: $(STAMP)  ## run a day's program: make day05, make day05 RANKS=4 ARGS="--steps 100"
+day%: FORCE  ## run a day's program: make day05, make day05 RANKS=4 ARGS="--steps 100"
 	@test -e $@/train.py || { echo "$@ is not in the course yet; there are: $$(ls -d day?? | xargs)"; exit 1; }
+	@$(MAKE) --no-print-directory venv
 	$(LAUNCH) $@/train.py $(ARGS)
 
-day01: $(STAMP)
+day01: $(STAMP) FORCE
 	$(BIN)/python day01/check_env.py
 	$(LAUNCH) day01/hello_distributed.py
 	$(BIN)/python day01/train.py $(ARGS)
 
-day03: $(STAMP)
+day03: $(STAMP) FORCE
 	$(LAUNCH) day03/compare.py $(ARGS)
 
 test: $(STAMP)  ## every test (minutes)

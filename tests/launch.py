@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +13,8 @@ from pathlib import Path
 from common.run_log import parse_lines
 
 ROOT = Path(__file__).resolve().parents[1]
-BIN = Path(sys.executable).parent  # where `deepspeed` and `python` of this environment are
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # this environment's programs first
+DEEPSPEED = shutil.which("deepspeed", path=PATH)
 
 
 @dataclass
@@ -69,13 +71,13 @@ def run_command(*command: object, timeout: int = 300, check: bool = True, **env:
 
 def run_day(script: str, *flags: object, ranks: int = 2, port: int | None = None, **options) -> Run:
     """Launch `script` on `ranks` processes through the `deepspeed` launcher, on a free port unless `port` says."""
-    launcher = [BIN / "deepspeed", "--num_accelerators", ranks, "--master_port", port or free_port()]
+    launcher = [DEEPSPEED, "--num_accelerators", ranks, "--master_port", port or free_port()]
     return run_command(*launcher, script, *flags, **options)
 
 
 def run_plain(script: str, *flags: object, **options) -> Run:
     """Run `script` with plain python, one process."""
-    return run_command(BIN / "python", script, *flags, **options)
+    return run_command(sys.executable, script, *flags, **options)
 
 
 def run_one_rank(script: str, *flags: object, **options) -> Run:

@@ -7,7 +7,6 @@ The notes show these files (tests/render.py); `make results` records all of them
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ from pathlib import Path
 from common.plots import plot_loss
 from common.results import write_results
 from common.run_log import parse_lines
-from tests.launch import BIN, ROOT
+from tests.launch import PATH, ROOT
 
 # Lines that say nothing about the run: the launcher's and DeepSpeed's time-stamped log, warnings of libraries.
 NOISE = re.compile(r"^\[20\d\d-|^\[rank|^\[W|^\s*$")
@@ -30,7 +29,7 @@ def main() -> None:
     path, *command = arguments[should_fail:]
     path = Path(path)
     start = time.perf_counter()
-    program = shutil.which(command[0], path=f"{BIN}:{os.environ['PATH']}")
+    program = shutil.which(command[0], path=PATH)
     process = subprocess.Popen([program, *command[1:]], cwd=ROOT, text=True, stdout=subprocess.PIPE)
     lines = []
     for line in process.stdout:

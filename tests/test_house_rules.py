@@ -2,6 +2,8 @@
 
 import ast
 import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -61,3 +63,16 @@ def test_common_stays_small_and_free_of_deepspeed():
     assert sum(bool(line.strip()) for text in texts.values() for line in text.splitlines()) <= MAX_COMMON_LINES
     importing = {name for name, text in texts.items() if re.search(r"^\s*(import|from) deepspeed", text, re.M)}
     assert importing == {"cpu.py"}, "the lesson lives in dayXX/; cpu.py alone may touch deepspeed"
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed: sudo apt-get install make")
+@pytest.mark.parametrize("day", sorted({script.parent.name for script in SCRIPTS}))
+def test_make_runs_every_day(day):
+    dry = subprocess.run(["make", "--dry-run", day], cwd=ROOT, capture_output=True, text=True)
+    assert dry.returncode == 0 and re.search(rf"\.venv/bin/\S+ .*{day}/\w+\.py", dry.stdout), dry.stdout + dry.stderr
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed: sudo apt-get install make")
+def test_make_names_the_days_there_are():
+    run = subprocess.run(["make", "day99"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode != 0 and "day99 is not in the course yet; there are: day01 day02" in run.stdout

@@ -115,7 +115,7 @@ def test_notes_have_the_sections_of_the_house_in_order(notes, language):
 
 @pytest.mark.launch
 def test_launcher_options_exist():
-    from tests.launch import BIN, run_command
+    from tests.launch import DEEPSPEED, run_command
 
-    known = run_command(BIN / "deepspeed", "--help").stdout
+    known = run_command(DEEPSPEED, "--help").stdout
     assert all(option in known for option in LAUNCHER_OPTIONS)

@@ -51,7 +51,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps a template")
     parser.add_argument("--hidden", type=int, default=64, help="width of the model")
     parser.add_argument("--layers", type=int, default=2, help="blocks of the model")
-    parser.add_argument("--nvme_path", default=None, help="existing folder on an NVMe drive; without it NVMe offload is left out")
+    parser.add_argument(
+        "--nvme_path", default=None, help="existing folder on an NVMe drive; without it NVMe offload is left out"
+    )
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     return parser.parse_args()
 
