@@ -6,16 +6,14 @@ tests/test_config_templates.py runs it on 2 CPU ranks; on GPUs (1, 2 or 4) run i
 
 (On Hopper set TORCH_CUDA_ARCH_LIST=9.0 for DeepSpeed's builds: it cannot read 9.0a.)
 
-One JSON comes out: {"meta": …, "templates": {name: {"ok", "losses", "zero_stage", "peak_gib", "changes", "error", …}}}.
+One JSON comes out: {"command", …, "templates": {name: {"ok", "losses", "zero_stage", "changes", "error", …}}}.
 "changes" lists each value that this machine made us set otherwise than the template does, with the reason.
 """
 
 import argparse
-import datetime
 import gc
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -33,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common.cpu import start_without_compiler
+from common.results import write_results
 
 TEMPLATES = sorted(path for path in (ROOT / "config").glob("*.json") if path.name != "ds_config.schema.json")
 VOCAB, SEQ_LEN = 256, 32
@@ -389,16 +388,8 @@ def main() -> None:
             )
     if rank == 0:
         flags = [flag for flag in sys.argv[1:] if not flag.startswith("--local_rank")]
-        meta = {
-            "date": datetime.date.today().isoformat(),
-            "command": " ".join([f"deepspeed --num_accelerators {world_size} tests/train_templates.py", *flags]),
-            "ranks": world_size,
-            "hardware": platform.processor() or platform.machine() if ON_CPU else torch.cuda.get_device_name(),
-            "versions": {lib.__name__: lib.__version__ for lib in (deepspeed, torch, transformers)},
-        }  # fmt: skip
-        out = Path(args.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"meta": meta, "templates": results}, indent=2) + "\n")
+        command = " ".join([f"deepspeed --num_accelerators {world_size} tests/train_templates.py", *flags])
+        write_results(args.out, command, ranks=world_size, templates=results)
 
 
 if __name__ == "__main__":
