@@ -30,3 +30,24 @@ rm my.json
 python day04/tune.py --ranks "$ranks" --run_dir "runs/results/day04_$label"
 cp "runs/results/day04_$label/tune.json" "day04/results/tune_$label.json"
 cp "runs/results/day04_$label/speed.png" "day04/results/tune_$label.png"
+
+mkdir -p day05/results day06/results day07/results
+record "day05/results/train_$label.json" deepspeed --num_accelerators "$ranks" day05/train.py
+record "day05/results/train_bf16_$label.json" deepspeed --num_accelerators "$ranks" day05/train.py \
+    --deepspeed_config day05/ds_config_bf16.json
+record "day06/results/train_$label.json" deepspeed --num_accelerators "$ranks" day06/train.py
+record "day06/results/train_zero1_$label.json" deepspeed --num_accelerators "$ranks" day06/train.py \
+    --deepspeed_config day06/ds_config_zero1.json
+record "day07/results/train_$label.json" deepspeed --num_accelerators "$ranks" day07/train.py
+
+compare() { # compare DAY NAME FLAGS...: run its compare.py, keep the table and the plots
+    local day=$1 name=$2 folder="runs/results/$1_$2_$label"
+    shift 2
+    deepspeed --num_accelerators "$ranks" "$day/compare.py" "$@" --run_dir "$folder"
+    cp "$folder/compare.json" "$day/results/${name}_$label.json"
+    for plot in "$folder"/*.png; do cp "$plot" "$day/results/${name}_$(basename "$plot" .png)_$label.png"; done
+}
+compare day06 compare
+compare day07 compare
+compare day07 compare_mini --model mini --global_batch 4 --steps 12 --cases ddp fsdp2 zero0 zero1 zero2 zero3 zero3_tight
+compare day07 compare_bf16 --bf16 --cases ddp fsdp2 zero1 zero2 zero3

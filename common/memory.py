@@ -1,22 +1,46 @@
 """What a rank holds: the bytes of its live tensors, by walking them. Works on CPU and GPU alike."""
 
 import gc
+from collections.abc import Iterable
 
 import torch
 
 
-def live_tensor_bytes(device: torch.device) -> int:
-    """Return the bytes of all tensors alive on `device` in this process, each storage counted once.
+def live_tensors(device: torch.device) -> dict[int, torch.Tensor]:
+    """Return {address of the storage: a tensor in it} of all tensors alive on `device` in this process.
 
-    Call it between steps: parameters, gradients, optimizer states and buffers are counted; what autograd saved for a
-    backward pass that is still to come is not visible to Python. Unlike the process' size on CPU (345 MiB of imports)
-    and the GPU allocator's figure (rounded, cached), this is what arithmetic predicts.
+    Call it between steps: what autograd saved for a backward pass that is still to come is not visible to Python.
+    Unlike the process' size on CPU (345 MiB of imports) and the GPU allocator's figure (rounded, cached), the bytes of
+    these storages are what arithmetic predicts.
     """
     gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        # type() and not isinstance(): some lazy objects import their whole package when asked for their class
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == device.type and thing.layout == torch.strided:
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    # type() and not isinstance(): some lazy objects import their whole package when asked for their class
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]  # unseen until Python code asks for them
+    tensors = [t for t in map(_local, tensors) if t.device.type == device.type and t.layout == torch.strided]
+    return {t.untyped_storage().data_ptr(): t for t in tensors if t.untyped_storage().nbytes()}
+
+
+def live_tensor_bytes(device: torch.device) -> int:
+    """Return the bytes of all tensors alive on `device` in this process, each storage counted once."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in live_tensors(device).values())
+
+
+def bytes_by_kind(tensors: Iterable[torch.Tensor], **kinds: Iterable[torch.Tensor]) -> dict[str, int]:
+    """Add up the storages of `tensors`: {kind: bytes, ..., "other": the rest}, each storage to the first kind named.
+
+    `bytes_by_kind(live_tensors(device).values(), parameters=model.parameters())`, say.
+    """
+    owner, found = {}, dict.fromkeys([*kinds, "other"], 0)
+    for kind, members in kinds.items():
+        for tensor in map(_local, members):
+            owner.setdefault(tensor.untyped_storage().data_ptr(), kind)
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        found[owner.get(storage.data_ptr(), "other")] += storage.nbytes()
+    return found
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor (FSDP2's parameters are such); a plain tensor is its own part."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -3,3 +3,4 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # ranks share the cores; more threads only fight

@@ -17,6 +17,7 @@ A note marks a generated block with two HTML comments, which readers do not see:
 """
 
 import difflib
+import functools
 import json
 import re
 import shlex
@@ -75,13 +76,20 @@ def _output(name: str) -> str:
 
 
 def _table(name: str, rows: str, *columns: str) -> str:
-    """`column:format` picks a value of each row; `A_heading=column:format` names it otherwise."""
+    """`column:format` picks a value of each row, `a.b` a nested one; `A_heading=column:format` names it otherwise.
+
+    `column:MB` shows bytes as millions.
+    """
     result = json.loads(_read(name))
     cells = []
     for column in columns:
         heading, _, key = column.rpartition("=")
         key, _, spec = key.partition(":")
-        values = [row.get(key) for row in result[rows]]
+        values = [
+            functools.reduce(lambda found, part: (found or {}).get(part), key.split("."), row) for row in result[rows]
+        ]
+        if spec == "MB":
+            spec, values = ",.2f", [value / 1e6 if value is not None else None for value in values]
         cells.append([(heading or key).replace("_", " "), ":--" if isinstance(values[0], str) else "--:"])
         cells[-1] += ["–" if value is None else format(value, spec) for value in values]
     lines = ["| " + " | ".join(row) + " |" for row in zip(*cells, strict=True)]

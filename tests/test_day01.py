@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.launch import error_line, run_day, run_plain
+from tests.launch import error_line, run_day, run_plain, run_ranks
 
 
 @pytest.mark.launch
@@ -27,7 +27,8 @@ def test_check_env_says_what_to_do_when_deepspeed_is_not_there(tmp_path):
 @pytest.mark.launch
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_collectives_do_what_the_notes_say(ranks):
-    out = run_day("day01/hello_distributed.py", "--numel", 2 * ranks, ranks=ranks).stdout
+    run = run_day if ranks == 2 else run_ranks
+    out = run("day01/hello_distributed.py", "--numel", 2 * ranks, ranks=ranks).stdout
     table = r"^(every rank|broadcast|all-reduce|reduce-scatter|all-gather)\b.*\n((?:    rank.*\n)+)"
     shown = {title: re.findall(r"rank \d+: \[(.*)\]", body) for title, body in re.findall(table, out, re.M)}
     rows = {title: [[int(v) for v in row.split(", ")] for row in lines] for title, lines in shown.items()}
@@ -44,7 +45,7 @@ def test_collectives_do_what_the_notes_say(ranks):
 
 @pytest.mark.launch
 def test_hello_refuses_a_size_that_cannot_be_cut():
-    run = run_day("day01/hello_distributed.py", "--numel", 5, check=False)
+    run = run_ranks("day01/hello_distributed.py", "--numel", 5, ranks=2, check=False)
     assert run.code != 0 and "--numel 5 cannot be cut into 2 equal parts" in error_line(run)
 
 

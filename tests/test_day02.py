@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch import error_line, run_day, run_one_rank, run_plain
+from tests.launch import error_line, run_day, run_plain, run_ranks
 from tests.render import ROOT
 
 STEPS = ("--steps", 20, "--log_every", 1)
@@ -62,7 +62,7 @@ def test_two_ranks_equal_plain_pytorch(plain, two_ranks):
 @pytest.mark.launch
 def test_accumulation_equals_the_large_batch(plain, tmp_path):
     config = config_with(tmp_path, train_micro_batch_size_per_gpu=4, gradient_accumulation_steps=4)
-    run = run_day("day02/train.py", *STEPS, "--run_dir", tmp_path, "--deepspeed_config", config, ranks=1)
+    run = run_ranks("day02/train.py", *STEPS, "--run_dir", tmp_path, "--deepspeed_config", config, ranks=1)
     assert "batch 16 = 4 micro x 4 accumulation x 1 ranks" in run.stdout
     assert max(abs(run.losses[step] - plain[step]) for step in plain) <= 1e-5
 
@@ -95,7 +95,7 @@ def test_cpu_start_builds_nothing_and_leaves_no_shared_memory(two_ranks):
     ],
 )
 def test_bad_flags_get_one_sentence(flags, sentence):
-    run = run_one_rank("day02/train.py", *flags, check=False)
+    run = run_ranks("day02/train.py", *flags, check=False)
     assert run.code != 0 and sentence in error_line(run) and "Traceback" not in run.stderr
 
 
@@ -118,7 +118,7 @@ def test_bad_flags_get_one_sentence(flags, sentence):
 )
 def test_bad_configs_get_one_sentence(tmp_path, text, sentence):
     (tmp_path / "bad.json").write_text(text)
-    run = run_one_rank("day02/train.py", "--deepspeed_config", tmp_path / "bad.json", check=False)
+    run = run_ranks("day02/train.py", "--deepspeed_config", tmp_path / "bad.json", check=False)
     assert run.code != 0 and sentence in error_line(run) and "Traceback" not in run.stderr
 
 

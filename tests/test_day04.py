@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.launch import error_line, free_port, run_day, run_one_rank, run_plain
+from tests.launch import error_line, free_port, run_day, run_plain, run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_engine_shows_what_was_set(trained):
 
 @pytest.mark.launch
 def test_training_stops_before_a_config_that_would_train_something_else():
-    run = run_one_rank("day04/train.py", "--set", "stage=2", check=False)
+    run = run_ranks("day04/train.py", "--set", "stage=2", check=False)
     assert run.code != 0 and "stage: Unknown key" in run.stdout
     assert "would not train what it says" in error_line(run)
 
@@ -37,7 +37,7 @@ def test_training_stops_before_a_config_that_would_train_something_else():
 @pytest.mark.launch
 def test_any_template_trains(tmp_path):
     flags = ["--deepspeed_config", "config/cpu_fp32.json", "--steps", 3, "--log_every", 1, "--run_dir", tmp_path]
-    run = run_day("day04/train.py", *flags)
+    run = run_ranks("day04/train.py", *flags, ranks=2)
     assert "batch                    8 = 4 micro x 1 accumulation x 2 ranks" in run.stdout
     assert run.losses[3] < run.losses[1]
 
@@ -51,7 +51,7 @@ def test_any_template_trains(tmp_path):
     ],
 )
 def test_bad_flags_get_one_sentence(flags, sentence):
-    assert sentence in error_line(run_one_rank("day04/train.py", *flags, check=False))
+    assert sentence in error_line(run_ranks("day04/train.py", *flags, check=False))
 
 
 @pytest.mark.launch

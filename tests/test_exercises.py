@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.launch import error_line, run_day, run_one_rank
+from tests.launch import error_line, run_ranks
 from tests.render import ROOT
 
 DAYS = sorted(path.parent.name for path in ROOT.glob("day[0-9][0-9]/exercise.py"))
@@ -17,7 +17,7 @@ def test_exercise_has_todos_and_solution_has_none(day):
 @pytest.mark.launch
 @pytest.mark.parametrize("day", DAYS)
 def test_unsolved_exercise_fails_and_says_what_to_do(day):
-    run = run_one_rank(f"{day}/exercise.py", check=False)
+    run = run_ranks(f"{day}/exercise.py", check=False)
     assert run.code != 0 and "solved" not in run.stdout
     assert error_line(run).startswith("not yet")
 
@@ -25,4 +25,4 @@ def test_unsolved_exercise_fails_and_says_what_to_do(day):
 @pytest.mark.launch
 @pytest.mark.parametrize("day", DAYS)
 def test_solution_passes(day):
-    assert "solved" in run_day(f"{day}/solution.py").stdout
+    assert "solved" in run_ranks(f"{day}/solution.py", ranks=2).stdout

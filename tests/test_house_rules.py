@@ -15,6 +15,8 @@ SCRIPTS = sorted(ROOT.glob("day[0-9][0-9]/*.py"))
 LONGER = {
     "day01/check_env.py": "a report with a row for each thing that can be missing",
     "day04/train.py": "reads, changes, checks and explains a config before it trains",
+    "day06/compare.py": "counts what is held and what is sent, case by case",
+    "day07/compare.py": "ten ways to train, measured alike: bytes by kind, the plan, bytes sent, speed",
 }
 MAX_SCRIPT_LINES, MAX_COMMON_LINES = 120, 500  # common/: lines that are not blank
 # The base flags: the same meaning in every training script.

@@ -1,0 +1,65 @@
+"""Day 05: each rank owns 1/N of the optimizer states, as the engine says and as its tensors show."""
+
+import json
+import re
+
+import pytest
+
+from tests.launch import run_day, run_ranks
+from tests.render import ROOT
+
+NUM_PARAMS = 937_472
+
+
+def held(run_dir) -> tuple[dict, dict]:
+    """(bytes held, bytes computed) that train.py wrote down."""
+    row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    return row["held_bytes"], row["computed_bytes"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("day05")
+    return run_day("day05/train.py", "--steps", 20, "--run_dir", run_dir), run_dir
+
+
+@pytest.mark.launch
+def test_each_rank_says_which_slice_it_owns(trained):
+    run, _ = trained
+    assert "zero stage 1 | DeepSpeedZeroOptimizer | weights torch.float32" in run.stdout
+    slices = re.findall(r"rank (\d) owns elements ([\d,]+) to ([\d,]+) of 937,472: (\S+) to (\S+)", run.stdout)
+    assert [(first, last) for _, first, last, _, _ in slices] == [("0", "468,736"), ("468,736", "937,472")]
+    assert slices[0][3] == "transformer.wte.weight" and slices[1][4] == "transformer.ln_f.bias"
+    assert run.held_out[20] < run.held_out[0] - 1
+
+
+@pytest.mark.launch
+def test_half_of_the_optimizer_states_is_held_on_two_ranks(trained):
+    measured, computed = held(trained[1])
+    assert measured["optimizer"] == pytest.approx((4 + 8) * NUM_PARAMS / 2, rel=0.001)
+    for kind, count in computed.items():
+        assert measured[kind] == pytest.approx(count, rel=0.03 if count else 0)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("config", "ranks", "parameters", "optimizer"),
+    [("_bf16", 4, 2, 12 / 4), ("_zero0", 2, 4, 8)],  # bytes a parameter of the model
+)
+def test_bytes_follow_stage_precision_and_ranks(config, ranks, parameters, optimizer, tmp_path):
+    flags = ["--deepspeed_config", f"day05/ds_config{config}.json", "--steps", 1, "--run_dir", tmp_path]
+    run_ranks("day05/train.py", *flags, ranks=ranks)
+    measured, computed = held(tmp_path)
+    assert measured["parameters"] / NUM_PARAMS == pytest.approx(parameters, rel=0.001)
+    assert measured["optimizer"] / NUM_PARAMS == pytest.approx(optimizer, rel=0.001)
+    assert measured["optimizer"] == pytest.approx(computed["optimizer"], rel=0.03)
+
+
+@pytest.mark.launch
+def test_a_bucket_larger_than_the_model_is_pointed_out(tmp_path):
+    config = json.loads((ROOT / "day05/ds_config.json").read_text())
+    del config["zero_optimization"]["reduce_bucket_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    flags = ["--deepspeed_config", tmp_path / "config.json", "--steps", 1, "--run_dir", tmp_path]
+    run = run_ranks("day05/train.py", *flags)
+    assert "note: a bucket of 500,000,000 elements, larger than the model, is held in full" in run.stdout
