@@ -73,6 +73,10 @@ def read_config(case: str, args: argparse.Namespace) -> dict:
     config = json.loads((HERE / CONFIGS[case]).read_text())
     config["train_micro_batch_size_per_gpu"] = args.global_batch // dist.get_world_size()
     config["optimizer"]["params"]["lr"] = args.lr
+    if get_accelerator().device_name() != "cpu":
+        del config["optimizer"]["params"][
+            "torch_adam"
+        ]  # FusedAdam, compiled on first use, beside PyTorch's fused AdamW
     zero = config["zero_optimization"]
     if args.bf16 and zero["stage"] > 0:  # bf16 without ZeRO starts wrongly in 0.19.8: day 03
         config["bf16"] = {"enabled": True}
@@ -170,6 +174,7 @@ def measure(case: str, blocks, vocab_size: int, args: argparse.Namespace, device
     row |= {"planned_bytes": None, "sent_bytes": None}  # the plan and DeepSpeed's log know nothing of the baselines
     if case in CONFIGS:
         row |= {"planned_bytes": planned_bytes(config, sizes, device), "sent_bytes": sent}
+        row["stage"] = optimizer.zero_optimization_stage()
         optimizer.destroy()
     row["peak_bytes"] = (
         None if device.type == "cpu" else over_ranks(get_accelerator().max_memory_allocated(), device, "max")

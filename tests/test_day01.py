@@ -51,7 +51,7 @@ def test_hello_refuses_a_size_that_cannot_be_cut():
 
 @pytest.mark.launch
 def test_plain_training_lowers_the_held_out_loss(tmp_path):
-    run = run_plain("day01/train.py", "--steps", 40, "--log_every", 20, "--run_dir", tmp_path)
+    run = run_plain("day01/train.py", "--steps", 40, "--corpus", "moby_dick", "--log_every", 20, "--run_dir", tmp_path)
     assert run.held_out[0] == pytest.approx(8.34, abs=0.05)  # ln 4096 = 8.32: every token equally likely
     assert run.held_out[40] < 7.0
     assert "parameters on cpu | batch 16" in run.stdout and (tmp_path / "loss.png").exists()

@@ -61,7 +61,7 @@ def test_schedule_follows_the_json(compared):
 )
 def test_engine_proves_what_the_json_asked_for(config, proof, tmp_path):
     flags = ["--deepspeed_config", f"day03/ds_config_{config}.json", "--run_dir", tmp_path]
-    run = run_ranks("day03/train.py", "--steps", 3, "--log_every", 1, *flags, ranks=2)
+    run = run_ranks("day03/train.py", "--steps", 3, "--corpus", "moby_dick", "--log_every", 1, *flags, ranks=2)
     assert re.search(proof, run.stdout), run.stdout
     assert run.held_out[3] < run.held_out[0]
     held_gib = float(re.search(r"held between steps: ([\d.]+) GiB", run.stdout)[1])

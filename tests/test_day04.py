@@ -12,7 +12,17 @@ from tests.launch import error_line, free_port, run_day, run_plain, run_ranks
 def trained(tmp_path_factory):
     """train.py with two values changed and recomputation on."""
     changes = ["zero_optimization.stage=2", "gradient_accumulation_steps=2"]
-    flags = ["--steps", 6, "--log_every", 2, "--recompute", "--run_dir", tmp_path_factory.mktemp("day04")]
+    flags = [
+        "--steps",
+        6,
+        "--corpus",
+        "moby_dick",
+        "--log_every",
+        2,
+        "--recompute",
+        "--run_dir",
+        tmp_path_factory.mktemp("day04"),
+    ]
     return run_day("day04/train.py", "--set", *changes, *flags)
 
 
@@ -36,7 +46,18 @@ def test_training_stops_before_a_config_that_would_train_something_else():
 
 @pytest.mark.launch
 def test_any_template_trains(tmp_path):
-    flags = ["--deepspeed_config", "config/cpu_fp32.json", "--steps", 3, "--log_every", 1, "--run_dir", tmp_path]
+    flags = [
+        "--deepspeed_config",
+        "config/cpu_fp32.json",
+        "--steps",
+        3,
+        "--corpus",
+        "moby_dick",
+        "--log_every",
+        1,
+        "--run_dir",
+        tmp_path,
+    ]
     run = run_ranks("day04/train.py", *flags, ranks=2)
     assert "batch                    8 = 4 micro x 1 accumulation x 2 ranks" in run.stdout
     assert run.losses[3] < run.losses[1]

@@ -9,6 +9,7 @@ from tests.launch import run_day, run_ranks
 from tests.render import ROOT
 
 NUM_PARAMS = 937_472
+CORPUS = ("--corpus", "moby_dick")  # the smaller one: less to evaluate
 
 
 def held(run_dir) -> tuple[dict, dict]:
@@ -20,7 +21,7 @@ def held(run_dir) -> tuple[dict, dict]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("day05")
-    return run_day("day05/train.py", "--steps", 20, "--run_dir", run_dir), run_dir
+    return run_day("day05/train.py", "--steps", 20, *CORPUS, "--run_dir", run_dir), run_dir
 
 
 @pytest.mark.launch
@@ -47,7 +48,7 @@ def test_half_of_the_optimizer_states_is_held_on_two_ranks(trained):
     [("_bf16", 4, 2, 12 / 4), ("_zero0", 2, 4, 8)],  # bytes a parameter of the model
 )
 def test_bytes_follow_stage_precision_and_ranks(config, ranks, parameters, optimizer, tmp_path):
-    flags = ["--deepspeed_config", f"day05/ds_config{config}.json", "--steps", 1, "--run_dir", tmp_path]
+    flags = ["--deepspeed_config", f"day05/ds_config{config}.json", "--steps", 1, *CORPUS, "--run_dir", tmp_path]
     run_ranks("day05/train.py", *flags, ranks=ranks)
     measured, computed = held(tmp_path)
     assert measured["parameters"] / NUM_PARAMS == pytest.approx(parameters, rel=0.001)
@@ -60,6 +61,6 @@ def test_a_bucket_larger_than_the_model_is_pointed_out(tmp_path):
     config = json.loads((ROOT / "day05/ds_config.json").read_text())
     del config["zero_optimization"]["reduce_bucket_size"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    flags = ["--deepspeed_config", tmp_path / "config.json", "--steps", 1, "--run_dir", tmp_path]
+    flags = ["--deepspeed_config", tmp_path / "config.json", "--steps", 1, *CORPUS, "--run_dir", tmp_path]
     run = run_ranks("day05/train.py", *flags)
     assert "note: a bucket of 500,000,000 elements, larger than the model, is held in full" in run.stdout
