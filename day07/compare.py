@@ -12,6 +12,7 @@ Checked with deepspeed 0.19.8. Source: arXiv:1910.02054, section 5 and figure 1;
 """
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -137,9 +138,8 @@ def sent_bytes(num_ranks: int) -> float:
     return sum(factor[op] * size * entry[0] for op, sizes in log.items() for size, entry in sizes.items())
 
 
-def measure(case: str, blocks, vocab_size: int, args: argparse.Namespace, device: torch.device) -> dict:
+def measure(case: str, before: dict, blocks, vocab_size: int, args: argparse.Namespace, device: torch.device) -> dict:
     """Train one case: losses, tokens/s (median step after the first five), and bytes on this rank."""
-    before = live_tensors(device)
     get_accelerator().reset_peak_memory_stats()
     torch.manual_seed(args.seed)
     with device:
@@ -216,6 +216,7 @@ def main() -> None:
     preset = get_preset(args.model)
     tokenizer = load_tokenizer(preset.tokenizer)
     blocks, _ = load_corpus(args.corpus, tokenizer, preset.block_size)
+    gc.freeze()  # the libraries' million objects: walks over the live tensors need not look at them again
     before, table = live_tensors(device), []
     print0(
         "MB a rank between steps; plan: held / config/plan.py; sent: MB a rank and step; diff: largest of the losses"
@@ -224,7 +225,7 @@ def main() -> None:
     print0(f"{'case':18}" + "".join(f"{head:>9}" for head in heads))
     for case in args.cases:
         try:
-            row = measure(case, blocks, len(tokenizer), args, device)
+            row = measure(case, before, blocks, len(tokenizer), args, device)
         except torch.OutOfMemoryError:
             row = {"case": case, "error": "out of memory"}
         free(before, device)
