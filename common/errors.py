@@ -16,7 +16,7 @@ CHECK = "`python config/check.py FILE.json` names the line and the cure"
 HINTS = {
     r"EADDRINUSE": "another job uses this port: `deepspeed --master_port 29501 ...`, or any other free one",
     r"Check batch related parameters.*": "leave train_batch_size out of the JSON and DeepSpeed computes it",
-    r"[\w ]+: -?\d+ has to be greater than 0": "train_batch_size is smaller than micro-batch x ranks: leave it out",
+    r"[\w ]+: -?\d+ has to be greater than 0": "batch numbers start at 1; leave train_batch_size out of the JSON",
     r"Either train_batch_size or .*": "give the JSON a train_micro_batch_size_per_gpu, for example 8",
     r"Expected a string path to an existing deepspeed config.*": "look at the path after --deepspeed_config",
     r"HjsonDecodeError.*": f"the config is not valid JSON, look for a missing comma, quote or brace; {CHECK}",

@@ -4,11 +4,14 @@ import json
 import os
 import platform
 import re
+import sys
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from common.run_log import show_path
 
 PACKAGES = ("deepspeed", "torch", "transformers")
 
@@ -33,6 +36,20 @@ def machine() -> dict:
     else:
         hardware = f"{cpu}, {os.cpu_count()} cores"
     return {"hardware": hardware, "versions": versions, "date": date.today().isoformat()}
+
+
+def this_command() -> str:
+    """Return the command that started this process, as a reader would type it: `deepspeed ...` where a launcher did.
+
+    Left out are --local_rank, which the launcher adds, and --run_dir: where results went says nothing about them.
+    """
+    script, *words = sys.argv
+    while "--run_dir" in words:
+        at = words.index("--run_dir")
+        del words[at : at + 2]
+    words = [word for word in words if not word.startswith(("--local_rank", "--run_dir="))]
+    program = f"deepspeed --num_accelerators {os.environ['WORLD_SIZE']}" if "WORLD_SIZE" in os.environ else "python"
+    return " ".join([program, show_path(script), *words])
 
 
 def write_results(path: str | Path, command: str, **values) -> None:

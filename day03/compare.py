@@ -22,7 +22,7 @@ import torch
 
 from common.errors import UserError, clear_errors
 from common.plots import plot_bars, plot_loss
-from common.results import write_results
+from common.results import this_command, write_results
 from common.run_log import default_run_dir, read_rows, show_path
 
 # On CPU these need 16-bit arithmetic in the processor (else it is emulated, slowly) or a compiler. --configs runs them.
@@ -86,8 +86,7 @@ def main() -> None:
         losses = f"{row['train_loss']:8.4f} {row['held_out_loss']:8.4f}"
         print(f"{name:24} {losses} {row['tokens_per_s']:9.0f} {row['held_gib']:9.4f} {row['peak_gib']:9.2f}")
 
-    command = f"python {' '.join([show_path(__file__), *sys.argv[1:]])}"
-    write_results(run_dir / "compare.json", command, ranks=args.ranks, steps=args.steps, table=table)
+    write_results(run_dir / "compare.json", this_command(), ranks=args.ranks, steps=args.steps, table=table)
     plot_loss(runs, run_dir / "loss.png", f"{args.model}, {args.ranks} ranks")
     plot_bars(
         {n: summary(rows)["tokens_per_s"] for n, rows in runs.items()}, run_dir / "speed.png", "speed", "tokens/s"

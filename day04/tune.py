@@ -22,7 +22,7 @@ import torch
 
 from common.errors import UserError, clear_errors
 from common.plots import plot_bars
-from common.results import write_results
+from common.results import this_command, write_results
 from common.run_log import default_run_dir, read_rows, show_path
 
 # One option each, or several joined by commas where one needs another.
@@ -74,7 +74,6 @@ def measure(variant: str, run_dir: Path, args: argparse.Namespace) -> dict:
 def main() -> None:
     args = parse_args()
     run_dir, table = Path(args.run_dir), []
-    command = f"python {' '.join([show_path(__file__), *sys.argv[1:]])}"
     print(f"{'variant':64} {'tok/s':>9} {'relative':>8} {'held GiB':>9} {'peak GiB':>9}")
     for number, variant in enumerate(["", *args.variants]):
         row = measure(variant, run_dir / str(number), args)
@@ -82,7 +81,8 @@ def main() -> None:
             raise UserError(f"the unchanged config does not train, so nothing can be compared: {row['error']}")
         row["relative"] = row["tokens_per_s"] / (table or [row])[0]["tokens_per_s"] if "error" not in row else None
         table.append(row)
-        write_results(run_dir / "tune.json", command, ranks=args.ranks, steps=args.steps, table=table)  # after each row
+        # after each row, so that an interrupted run leaves what it has
+        write_results(run_dir / "tune.json", this_command(), ranks=args.ranks, steps=args.steps, table=table)
         if "error" in row:
             print(f"{row['variant']:64} {row['error']}")
         else:

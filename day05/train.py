@@ -45,10 +45,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def slice_of_this_rank(engine: deepspeed.DeepSpeedEngine) -> str:
-    """Which elements of the flat parameter vector this rank updates, and in which parameters they lie."""
+def slice_of_this_rank(engine: deepspeed.DeepSpeedEngine, total: int) -> str:
+    """Which of the flat vector's `total` elements this rank updates, and in which parameters they lie."""
     optimizer, rank = engine.optimizer, engine.global_rank
-    total = sum(parameter.numel() for parameter in engine.module.parameters())
     if engine.zero_optimization_stage() == 0:
         return f"rank {rank} owns elements 0 to {total:,}: all, as every other rank does"
     size = optimizer.single_partition_of_fp32_groups[0].numel()  # fp32 weights of this rank, padding included
@@ -78,12 +77,13 @@ def main() -> None:
         model=model, model_parameters=model.parameters(), config=args.deepspeed_config
     )
     micro_batch, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
+    num_params = sum(parameter.numel() for parameter in model.parameters())
     stage, weight = engine.zero_optimization_stage(), next(model.parameters())
     print0(f"zero stage {stage} | {type(optimizer).__name__} | weights {weight.dtype} | {engine.device.type}")
-    if stage > 0 and optimizer.reduce_bucket_size > sum(p.numel() for p in model.parameters()):
+    if stage > 0 and optimizer.reduce_bucket_size > num_params:
         print0(f"note: a bucket of {optimizer.reduce_bucket_size:,} elements, larger than the model, is held in full")
     slices = [None] * engine.dp_world_size
-    torch.distributed.all_gather_object(slices, slice_of_this_rank(engine))
+    torch.distributed.all_gather_object(slices, slice_of_this_rank(engine, num_params))
     print0("\n".join(slices))
     sampler = DistributedSampler(train_blocks, seed=args.seed)  # each rank its own blocks
     loader = DataLoader(train_blocks, batch_size=micro_batch, sampler=sampler, drop_last=True)
@@ -104,7 +104,7 @@ def main() -> None:
 
     held = held_between_steps(engine)
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[weight.dtype]
-    want = model_state_bytes(sum(p.numel() for p in model.parameters()), engine.dp_world_size, stage, precision)
+    want = model_state_bytes(num_params, engine.dp_world_size, stage, precision)
     for kind in ("parameters", "optimizer"):
         print0(f"{kind:10} {held[kind]:>12,} bytes held | {want[kind]:>14,.0f} computed")
     log.record(held_bytes=held, computed_bytes={kind: want[kind] for kind in held if kind in want})

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.utils.data import DataLoader, DistributedSampler
+from train import gradients_held
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
@@ -29,11 +30,11 @@ sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path
 from common.cpu import start_without_compiler
 from common.data import endless_batches, load_corpus, load_tokenizer, to_device
 from common.errors import clear_errors
-from common.memory import bytes_by_kind, live_tensors
+from common.memory import live_tensors
 from common.model import build_model, get_preset
 from common.plots import plot_bars
 from common.ranks import over_ranks, print0, require_launcher
-from common.results import write_results
+from common.results import this_command, write_results
 from common.run_log import default_run_dir, show_path
 
 
@@ -62,14 +63,6 @@ def sent_bytes(num_ranks: int) -> float:
     factor = {"all_reduce": 2 * (n - 1) / n, "reduce": (n - 1) / n, "reduce_scatter_tensor": (n - 1) / n}
     factor["all_gather_into_tensor"] = n - 1
     return sum(factor[op] * size * entry[0] for op, sizes in log.items() for size, entry in sizes.items())
-
-
-def gradients_held(engine: deepspeed.DeepSpeedEngine, at_boundary: set[int]) -> dict[str, int]:
-    """Bytes of the tensors that were not there between two optimizer steps: buckets, and what is left, gradients."""
-    time.sleep(0.1)  # gloo's thread lets go of the last message a moment after it has arrived
-    new = [tensor for address, tensor in live_tensors(engine.device).items() if address not in at_boundary]
-    buckets = [flat for bucket in engine.optimizer.ipg_buckets.values() for flat in bucket.buffer]
-    return bytes_by_kind(new, buckets=buckets)
 
 
 def measure(config: dict, blocks, vocab_size: int, args: argparse.Namespace) -> dict:
@@ -133,10 +126,7 @@ def main() -> None:
 
     if dist.get_rank() == 0:
         num_params = sum(p.numel() for p in build_model(args.model, len(tokenizer)).parameters())
-        flags = [flag for flag in sys.argv[1:] if not flag.startswith("--local_rank")]  # the launcher's
-        command = f"deepspeed --num_accelerators {dist.get_world_size()} {show_path(__file__)}"
-        command = " ".join([command, *flags])
-        write_results(Path(args.run_dir) / "compare.json", command, num_params=num_params, table=table)
+        write_results(Path(args.run_dir) / "compare.json", this_command(), num_params=num_params, table=table)
         labels = {f"{row['config']}, {row['accumulation']} micro": row for row in table}
         for kind, unit in (("gradient_bytes", "bytes a rank"), ("sent_bytes", "bytes a rank and step")):
             path = Path(args.run_dir) / f"{kind}.png"

@@ -44,12 +44,17 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def print_gradients(engine: deepspeed.DeepSpeedEngine, at_boundary: set[int], when: str) -> None:
-    """Print, for each rank, the bytes of the tensors that were not there between two optimizer steps. Collective."""
+def gradients_held(engine: deepspeed.DeepSpeedEngine, at_boundary: set[int]) -> dict[str, int]:
+    """Bytes of the tensors that were not there between two optimizer steps: buckets, and what is left, gradients."""
     time.sleep(0.1)  # gloo's thread lets go of the last message a moment after it has arrived
     new = [tensor for address, tensor in live_tensors(engine.device).items() if address not in at_boundary]
     buckets = [flat for bucket in engine.optimizer.ipg_buckets.values() for flat in bucket.buffer]
-    held = bytes_by_kind(new, buckets=buckets)
+    return bytes_by_kind(new, buckets=buckets)
+
+
+def print_gradients(engine: deepspeed.DeepSpeedEngine, at_boundary: set[int], when: str) -> None:
+    """Print what each rank holds. Collective."""
+    held = gradients_held(engine, at_boundary)
     ranks = [None] * engine.dp_world_size
     torch.distributed.all_gather_object(ranks, f"{held['other']:,} + {held['buckets']:,}")
     print0(f"{when}: gradients + bucket, bytes on each rank: {' | '.join(ranks)}")

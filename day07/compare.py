@@ -37,7 +37,7 @@ from common.memory import bytes_by_kind, live_tensors
 from common.model import build_model, get_preset
 from common.plots import plot_bars
 from common.ranks import over_ranks, print0, require_launcher
-from common.results import write_results
+from common.results import this_command, write_results
 from common.run_log import default_run_dir, show_path
 from config.plan import model_state_bytes
 
@@ -75,9 +75,8 @@ def read_config(case: str, args: argparse.Namespace) -> dict:
     config["train_micro_batch_size_per_gpu"] = args.global_batch // dist.get_world_size()
     config["optimizer"]["params"]["lr"] = args.lr
     if get_accelerator().device_name() != "cpu":
-        del config["optimizer"]["params"][
-            "torch_adam"
-        ]  # FusedAdam, compiled on first use, beside PyTorch's fused AdamW
+        # FusedAdam, compiled on first use: the baselines use PyTorch's fused AdamW
+        del config["optimizer"]["params"]["torch_adam"]
     zero = config["zero_optimization"]
     if args.bf16 and zero["stage"] > 0:  # bf16 without ZeRO starts wrongly in 0.19.8: day 03
         config["bf16"] = {"enabled": True}
@@ -100,15 +99,14 @@ def build_deepspeed(model: torch.nn.Module, config: dict):
     return train_step, engine
 
 
-def held_by_kind(model: torch.nn.Module, optimizer, before: dict, device: torch.device) -> dict[str, int]:
-    """Bytes that this rank holds between two steps, of the tensors that were not there `before` this case."""
-    new = [tensor for address, tensor in live_tensors(device).items() if address not in before]
-    basic = optimizer.basic_optimizer if isinstance(optimizer, deepspeed.DeepSpeedEngine) else optimizer
-    zero = getattr(optimizer, "optimizer", None)
+def held_by_kind(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, zero, device: torch.device
+) -> dict[str, int]:
+    """Bytes that this rank holds between two steps. `zero`: DeepSpeed's wrapper, None for a baseline."""
     return bytes_by_kind(
-        new,
+        live_tensors(device).values(),
         parameters=[part for p in model.parameters() for part in (p, getattr(p, "ds_tensor", p))],
-        optimizer=[t for weights, state in basic.state.items() for t in (weights, *state.values())],
+        optimizer=[t for weights, state in optimizer.state.items() for t in (weights, *state.values())],
         gradients=[t for t in [getattr(zero, "grad_partitions_flat_buffer", None)] if t is not None],
         buckets=[flat for bucket in getattr(zero, "ipg_buckets", {}).values() for flat in bucket.buffer],
     )
@@ -138,7 +136,7 @@ def sent_bytes(num_ranks: int) -> float:
     return sum(factor[op] * size * entry[0] for op, sizes in log.items() for size, entry in sizes.items())
 
 
-def measure(case: str, before: dict, blocks, vocab_size: int, args: argparse.Namespace, device: torch.device) -> dict:
+def measure(case: str, blocks, vocab_size: int, args: argparse.Namespace, device: torch.device) -> dict:
     """Train one case: losses, tokens/s (median step after the first five), and bytes on this rank."""
     get_accelerator().reset_peak_memory_stats()
     torch.manual_seed(args.seed)
@@ -148,10 +146,11 @@ def measure(case: str, before: dict, blocks, vocab_size: int, args: argparse.Nam
         model.gradient_checkpointing_enable({"use_reentrant": False})
     sizes = [parameter.numel() for parameter in model.parameters()]
     if case in BASELINES:
-        train_step, optimizer = BASELINES[case](model, args.lr, args.bf16)
+        (train_step, optimizer), engine = BASELINES[case](model, args.lr, args.bf16), None
     else:
         config = read_config(case, args)
-        train_step, optimizer = build_deepspeed(model, config)
+        train_step, engine = build_deepspeed(model, config)
+        optimizer = engine.basic_optimizer
     sampler = DistributedSampler(blocks, seed=args.seed)  # each rank its own blocks
     batches = endless_batches(DataLoader(blocks, args.global_batch // dist.get_world_size(), sampler=sampler))
     losses, times = [], []
@@ -164,18 +163,18 @@ def measure(case: str, before: dict, blocks, vocab_size: int, args: argparse.Nam
         get_accelerator().synchronize()
         times.append(time.perf_counter() - start)
         losses.append(over_ranks(loss.item(), device))
-        if step == 3 and case in CONFIGS:
+        if step == 3 and engine:
             sent = sent_bytes(dist.get_world_size())
     comm.comms_logger.comms_dict.clear()
     del batch, loss
-    held = held_by_kind(model, optimizer, before, device)
+    held = held_by_kind(model, optimizer, engine and engine.optimizer, device)
     step_s = over_ranks(median(times[5:]), device, "max")
     row = {"case": case, "held_bytes": held, "total_bytes": over_ranks(sum(held.values()), device, "max")}
     row |= {"planned_bytes": None, "sent_bytes": None}  # the plan and DeepSpeed's log know nothing of the baselines
-    if case in CONFIGS:
+    if engine:
         row |= {"planned_bytes": planned_bytes(config, sizes, device), "sent_bytes": sent}
-        row["stage"] = optimizer.zero_optimization_stage()
-        optimizer.destroy()
+        row["stage"] = engine.zero_optimization_stage()
+        engine.destroy()
     row["peak_bytes"] = (
         None if device.type == "cpu" else over_ranks(get_accelerator().max_memory_allocated(), device, "max")
     )
@@ -183,10 +182,10 @@ def measure(case: str, before: dict, blocks, vocab_size: int, args: argparse.Nam
     return row
 
 
-def free(before: dict, device: torch.device) -> None:
+def free(device: torch.device) -> None:
     """Empty what a case made: `engine.destroy()` leaves the tensors of stage 3 alive (0.19.8)."""
-    for address, tensor in live_tensors(device).items():
-        if address not in before and tensor.untyped_storage().resizable():
+    for tensor in live_tensors(device).values():
+        if tensor.untyped_storage().resizable():
             tensor.untyped_storage().resize_(0)
     get_accelerator().empty_cache()
 
@@ -216,8 +215,8 @@ def main() -> None:
     preset = get_preset(args.model)
     tokenizer = load_tokenizer(preset.tokenizer)
     blocks, _ = load_corpus(args.corpus, tokenizer, preset.block_size)
-    gc.freeze()  # the libraries' million objects: walks over the live tensors need not look at them again
-    before, table = live_tensors(device), []
+    gc.freeze()  # what is here now is no case's: walks over the live tensors no longer see it, and are fast
+    table = []
     print0(
         "MB a rank between steps; plan: held / config/plan.py; sent: MB a rank and step; diff: largest of the losses"
     )
@@ -225,18 +224,17 @@ def main() -> None:
     print0(f"{'case':18}" + "".join(f"{head:>9}" for head in heads))
     for case in args.cases:
         try:
-            row = measure(case, before, blocks, len(tokenizer), args, device)
+            row = measure(case, blocks, len(tokenizer), args, device)
         except torch.OutOfMemoryError:
             row = {"case": case, "error": "out of memory"}
-        free(before, device)
+        free(device)
         table.append(row)
         print0(as_line(row, table[0]))
 
     if dist.get_rank() == 0:
-        flags = [flag for flag in sys.argv[1:] if not flag.startswith("--local_rank")]  # the launcher's
-        command = f"deepspeed --num_accelerators {num_ranks} {show_path(__file__)}"
-        command = " ".join([command, *flags])
-        write_results(Path(args.run_dir) / "compare.json", command, ranks=num_ranks, model=args.model, table=table)
+        write_results(
+            Path(args.run_dir) / "compare.json", this_command(), ranks=num_ranks, model=args.model, table=table
+        )
         trained = [row for row in table if "error" not in row]
         held = {row["case"]: row["total_bytes"] / 1e6 for row in trained}
         plot_bars(held, Path(args.run_dir) / "memory.png", f"{args.model}, {num_ranks} ranks", "MB held between steps")

@@ -106,20 +106,17 @@ def run_ranks(script: str, *flags: object, ranks: int = 1, timeout: int = 300, c
         ]
         for process in processes:
             process.start()
-        ends = time.monotonic() + timeout
-        while (
-            any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes) and ends > time.monotonic()
-        ):
+        ends, late = time.monotonic() + timeout, False
+        while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes) and not late:
             time.sleep(0.05)
+            late = time.monotonic() > ends
         for process in processes:  # as the launcher does: one that failed, or the time-out, ends them all
-            process.join(3 if ends > time.monotonic() else 0)
+            process.join(0 if late else 3)
             process.kill()
             process.join()
         codes = [process.exitcode for process in processes]
         run = Run(next((code for code in codes if code), 0), stdout.read_text(), stderr.read_text())
-    assert ends > time.monotonic(), (
-        f"{arguments} ran longer than {timeout} s\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
-    )
+    assert not late, f"{arguments} ran longer than {timeout} s\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
     if check:
         assert run.code == 0, f"exit codes {codes}\n{run.stdout[-2000:]}\n{run.stderr[-3000:]}"
     return run

@@ -253,21 +253,17 @@ def measure(out: str) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from common.cpu import start_without_compiler
+    from common.memory import live_tensors
 
+    cpu = torch.device("cpu")
     start_without_compiler()
     deepspeed.init_distributed("gloo")
     zeros = dict.fromkeys(["attn_pdrop", "embd_pdrop", "resid_pdrop", "bos_token_id", "eos_token_id"], 0)
     shape = GPT2Config(vocab_size=256, n_positions=32, n_embd=64, n_layer=6, n_head=2, use_cache=False, **zeros)
 
-    def living_tensors() -> dict[int, torch.Tensor]:
-        """{address of the storage: tensor}. gc does not see a `.grad` that no Python code has asked for: ask."""
-        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
-        tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
-        return {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
-
     results = {}
     for name, case in CASES.items():
-        before = living_tensors()  # engine.destroy() of a stage-3 engine leaves its tensors behind
+        before = live_tensors(cpu)  # engine.destroy() of a stage-3 engine leaves its tensors behind
         model = GPT2LMHeadModel(shape)
         model.loss_type = "ForCausalLM"
         results["sizes"] = [parameter.numel() for parameter in model.parameters()]
@@ -283,7 +279,7 @@ def measure(out: str) -> None:
             engine.step()
         del loss, ids
         gc.collect()
-        now = living_tensors().items()
+        now = live_tensors(cpu).items()
         held = torch.tensor(sum(t.untyped_storage().nbytes() for address, t in now if address not in before))
         torch.distributed.all_reduce(held, op=torch.distributed.ReduceOp.MAX)
         results[name] = held.item()

