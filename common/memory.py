@@ -4,6 +4,7 @@ import gc
 from collections.abc import Iterable
 
 import torch
+from torch._subclasses import FakeTensor
 
 
 def live_tensors(device: torch.device) -> dict[int, torch.Tensor]:
@@ -14,8 +15,11 @@ def live_tensors(device: torch.device) -> dict[int, torch.Tensor]:
     these storages are what arithmetic predicts.
     """
     gc.collect()
-    # type() and not isinstance(): some lazy objects import their whole package when asked for their class
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    # type() and not isinstance(): some lazy objects import their whole package when asked for their class.
+    # Fake tensors are the compiler's: shapes without storage.
+    tensors = [
+        thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor) and type(thing) is not FakeTensor
+    ]
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]  # unseen until Python code asks for them
     tensors = [t for t in map(_local, tensors) if t.device.type == device.type and t.layout == torch.strided]
     return {t.untyped_storage().data_ptr(): t for t in tensors if t.untyped_storage().nbytes()}

@@ -26,6 +26,8 @@ PRESETS = {
     "gpt2-medium": Preset(24, 16, 1024),  # 355M
     "gpt2-large": Preset(36, 20, 1280),  # 774M
     "gpt2-xl": Preset(48, 25, 1600),  # 1.56B
+    "gpt-8b": Preset(40, 32, 4096),  # 8.26B: the width of GPT-3 6.7B (Brown et al. 2020, table 2.1), 8 layers more
+    "gpt-13b": Preset(40, 40, 5120),  # 12.9B: that of GPT-3 13B
 }
 
 

@@ -39,7 +39,8 @@ SHAPES = [
 GPT2 = {
     "tiny": (2, 128, 4, 128, 4096), "mini": (4, 256, 8, 256, 4096), "gpt2": (12, 768, 12, 1024, 50257),
     "gpt2-medium": (24, 1024, 16, 1024, 50257), "gpt2-large": (36, 1280, 20, 1024, 50257),
-    "gpt2-xl": (48, 1600, 25, 1024, 50257),
+    "gpt2-xl": (48, 1600, 25, 1024, 50257), "gpt-8b": (40, 4096, 32, 1024, 50257),
+    "gpt-13b": (40, 5120, 40, 1024, 50257),
 }  # fmt: skip
 
 # Bytes that one layer keeps for the backward pass, a token and a unit of hidden size, in 16 bit. Korthikanti et al.,
@@ -170,7 +171,7 @@ def model_state_bytes(
     in fp32, ZeRO ≥ 1 keeps fp32 weights twice, the model's own (4Ψ) and the optimizer's (4Ψ/N);
     ZeRO-1 in bf16 with grad_accum_dtype fp32 keeps 4Ψ of fp32 gradients besides the 2Ψ;
     `owned_gradients` (see owned_gradient_elements) replaces Ψ/N at stage 2, unless grad_accum_dtype is another;
-    at stage 3, `persistent` elements in parameters up to stage3_param_persistence_threshold stay whole on each rank.
+    at stage 3, `persistent` elements in parameters up to stage3_param_persistence_threshold stay whole beside the parts.
     Devices for offload: None, "cpu" or "nvme". Returns parameters, gradients, optimizer, total (GPU), host and disk.
     """
     p = DTYPE_BYTES[precision]
@@ -195,7 +196,7 @@ def model_state_bytes(
         gradients = g * (share if g != p else (owned_gradients or share))
     else:
         gradients = g * share
-        parameters = p * (share + persistent * (1 - 1 / num_ranks))
+        parameters = p * (share + persistent)
 
     if offload_optimizer:
         # On the host: 12Ψ/N, fp32 gradients 4Ψ/N for its step; at stages 1 and 2 a 16-bit copy of the updated part, at

@@ -57,7 +57,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="bf16 (from ZeRO-1 on) instead of fp32")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing, switched on in the model")
     parser.add_argument(
-        "--buckets", type=int, help="elements of the reduce and prefetch buckets, instead of the JSON's"
+        "--buckets",
+        type=int,
+        help="elements of the buckets, for large models; small weights then stay whole as by default",
     )
     parser.add_argument("--lr", type=float, default=3e-4, help="learning rate; a bold one magnifies rounding: day 02")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps (not micro-batches)")
@@ -78,11 +80,12 @@ def read_config(case: str, args: argparse.Namespace) -> dict:
         # FusedAdam, compiled on first use: the baselines use PyTorch's fused AdamW
         del config["optimizer"]["params"]["torch_adam"]
     zero = config["zero_optimization"]
-    if args.bf16 and zero["stage"] > 0:  # bf16 without ZeRO starts wrongly in 0.19.8: day 03
-        config["bf16"] = {"enabled": True}
+    if args.bf16:  # bf16 without ZeRO starts wrongly in 0.19.8 (day 03): autocast over fp32 weights there, as DDP does
+        config["bf16" if zero["stage"] else "torch_autocast"] = {"enabled": True}
     if args.buckets:
         buckets = {"reduce_bucket_size", "stage3_prefetch_bucket_size"} & set(zero)
         zero.update(dict.fromkeys(buckets, args.buckets))
+        zero.pop("stage3_param_persistence_threshold", None)
     return config
 
 
@@ -115,7 +118,7 @@ def held_by_kind(
 def planned_bytes(config: dict, sizes: list[int], device: torch.device) -> float:
     """What config/plan.py says this rank holds between two steps: before stage 3 no gradient outlives the step."""
     zero = config["zero_optimization"]
-    threshold = zero.get("stage3_param_persistence_threshold", 0)
+    threshold = zero.get("stage3_param_persistence_threshold", 100_000)
     states = model_state_bytes(
         sum(sizes), dist.get_world_size(), zero["stage"], "bf16" if "bf16" in config else "fp32",
         persistent=sum(size for size in sizes if size <= threshold),
@@ -167,7 +170,9 @@ def measure(case: str, blocks, vocab_size: int, args: argparse.Namespace, device
             sent = sent_bytes(dist.get_world_size())
     comm.comms_logger.comms_dict.clear()
     del batch, loss
+    allocated = get_accelerator().memory_allocated()
     held = held_by_kind(model, optimizer, engine and engine.optimizer, device)
+    on_gpu, gpu = device.type != "cpu", get_accelerator()
     step_s = over_ranks(median(times[5:]), device, "max")
     row = {"case": case, "held_bytes": held, "total_bytes": over_ranks(sum(held.values()), device, "max")}
     row |= {"planned_bytes": None, "sent_bytes": None}  # the plan and DeepSpeed's log know nothing of the baselines
@@ -175,9 +180,8 @@ def measure(case: str, blocks, vocab_size: int, args: argparse.Namespace, device
         row |= {"planned_bytes": planned_bytes(config, sizes, device), "sent_bytes": sent}
         row["stage"] = engine.zero_optimization_stage()
         engine.destroy()
-    row["peak_bytes"] = (
-        None if device.type == "cpu" else over_ranks(get_accelerator().max_memory_allocated(), device, "max")
-    )
+    row["allocated_bytes"] = over_ranks(allocated, device, "max") if on_gpu else None
+    row["peak_bytes"] = over_ranks(gpu.max_memory_allocated(), device, "max") if on_gpu else None
     row |= {"tokens_per_s": args.global_batch * blocks.block_size / step_s, "losses": losses}
     return row
 
@@ -229,12 +233,12 @@ def main() -> None:
             row = {"case": case, "error": "out of memory"}
         free(device)
         table.append(row)
-        print0(as_line(row, table[0]))
+        print0(as_line(row, next((other for other in table if "losses" in other), row)))
+        if dist.get_rank() == 0:  # after each case, so that an interrupted run leaves what it has
+            path = Path(args.run_dir) / "compare.json"
+            write_results(path, this_command(), ranks=num_ranks, model=args.model, table=table)
 
     if dist.get_rank() == 0:
-        write_results(
-            Path(args.run_dir) / "compare.json", this_command(), ranks=num_ranks, model=args.model, table=table
-        )
         trained = [row for row in table if "error" not in row]
         held = {row["case"]: row["total_bytes"] / 1e6 for row in trained}
         plot_bars(held, Path(args.run_dir) / "memory.png", f"{args.model}, {num_ranks} ranks", "MB held between steps")
