@@ -23,6 +23,8 @@ HINTS = {
     r"Duplicate keys in DeepSpeed config.*": "keep one of them",
     r"(?s)ValidationError: .*": f"a value in the config is not of the kind DeepSpeed accepts; {CHECK}",
     r"Type fp16 is not supported on your device": "use bf16 in the config, or a GPU",
+    r"Current loss scale already at minimum.*": "inf or nan in forward: bf16, a lower lr, a look at the data: day 11",
+    r"bfloat16 and fp16 modes cannot be simultaneously enabled": "keep one of them",
     r"Type bf16 is not supported on your device": "use fp16 in the config (older GPUs), or leave both out",
 }
 

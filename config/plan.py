@@ -171,7 +171,7 @@ def model_state_bytes(
     in fp32, ZeRO ≥ 1 keeps fp32 weights twice, the model's own (4Ψ) and the optimizer's (4Ψ/N);
     ZeRO-1 in bf16 with grad_accum_dtype fp32 keeps 4Ψ of fp32 gradients besides the 2Ψ;
     `owned_gradients` (see owned_gradient_elements) replaces Ψ/N at stage 2, unless grad_accum_dtype is another;
-    at stage 3, `persistent` elements in parameters up to stage3_param_persistence_threshold stay whole beside the parts.
+    at stage 3, `persistent` elements in parameters up to stage3_param_persistence_threshold stay whole as well.
     Devices for offload: None, "cpu" or "nvme". Returns parameters, gradients, optimizer, total (GPU), host and disk.
     """
     p = DTYPE_BYTES[precision]

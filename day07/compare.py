@@ -14,6 +14,7 @@ Checked with deepspeed 0.19.8. Source: arXiv:1910.02054, section 5 and figure 1;
 import argparse
 import gc
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -76,12 +77,12 @@ def read_config(case: str, args: argparse.Namespace) -> dict:
     config = json.loads((HERE / CONFIGS[case]).read_text())
     config["train_micro_batch_size_per_gpu"] = args.global_batch // dist.get_world_size()
     config["optimizer"]["params"]["lr"] = args.lr
-    if get_accelerator().device_name() != "cpu":
-        # FusedAdam, compiled on first use: the baselines use PyTorch's fused AdamW
-        del config["optimizer"]["params"]["torch_adam"]
+    config["optimizer"]["params"]["fused"] = True  # PyTorch's one-kernel AdamW, as in the baselines: nothing to compile
     zero = config["zero_optimization"]
-    if args.bf16:  # bf16 without ZeRO starts wrongly in 0.19.8 (day 03): autocast over fp32 weights there, as DDP does
-        config["bf16" if zero["stage"] else "torch_autocast"] = {"enabled": True}
+    if args.bf16 and zero["stage"]:
+        config["bf16"] = {"enabled": True}
+    elif args.bf16:  # bf16 without ZeRO starts wrongly in 0.19.8 (day 03): autocast over fp32 weights, as DDP does
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}  # without a dtype it is float16 on GPUs
     if args.buckets:
         buckets = {"reduce_bucket_size", "stage3_prefetch_bucket_size"} & set(zero)
         zero.update(dict.fromkeys(buckets, args.buckets))
@@ -109,7 +110,7 @@ def held_by_kind(
     return bytes_by_kind(
         live_tensors(device).values(),
         parameters=[part for p in model.parameters() for part in (p, getattr(p, "ds_tensor", p))],
-        optimizer=[t for weights, state in optimizer.state.items() for t in (weights, *state.values())],
+        optimizer=[t for w, state in optimizer.state.items() for t in (w, *state.values()) if torch.is_tensor(t)],
         gradients=[t for t in [getattr(zero, "grad_partitions_flat_buffer", None)] if t is not None],
         buckets=[flat for bucket in getattr(zero, "ipg_buckets", {}).values() for flat in bucket.buffer],
     )
@@ -212,6 +213,7 @@ def main() -> None:
     args = parse_args()
     require_launcher()
     start_without_compiler()
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU
     deepspeed.init_distributed()
     num_ranks, device = dist.get_world_size(), torch.device(get_accelerator().current_device_name())
     if args.global_batch % num_ranks:

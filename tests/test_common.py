@@ -3,6 +3,7 @@
 import hashlib
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from common.errors import UserError, clear_errors
 from common.memory import live_tensor_bytes
 from common.model import PRESETS, build_model
 from common.plots import plot_bars, plot_loss
-from common.results import write_results
+from common.results import this_command, write_results
 from common.run_log import RunLog, parse_lines, read_rows
 from tests.render import ROOT
 

@@ -85,6 +85,22 @@ def test_bf16_stays_within_its_band(tmp_path):
 
 
 @pytest.mark.launch
+def test_speed_changes_what_it_names_and_nothing_else(tmp_path):
+    """Two blocks: leaf modules leave hooks on the blocks and around them, none inside; every rung trains alike."""
+    cases = ["fsdp2", "zero2", "defaults", "leaf", "leaf_copies", "leaf_live"]
+    flags = ["--cases", *cases, "--micro_batch", 2, "--steps", 6, "--run_dir", tmp_path]
+    run_ranks("day07/speed.py", *flags, ranks=2)
+    rows = {row["case"]: row for row in json.loads((tmp_path / "speed.json").read_text())["table"]}
+    assert list(rows) == cases and (tmp_path / "speed.png").exists()
+    for case in cases[1:]:  # 2e-3 was measured against fp32 weights: bf16 has 8 bits of mantissa
+        apart = max(abs(a - b) for a, b in zip(rows[case]["losses"], rows["fsdp2"]["losses"], strict=True))
+        assert apart < 1e-2, case
+    assert rows["leaf"]["num_hooks"] < rows["defaults"]["num_hooks"] / 2
+    assert rows["leaf_live"]["zero_optimization"].items() >= rows["leaf"]["zero_optimization"].items()
+    assert "contiguous_gradients" in rows["leaf_copies"]["zero_optimization"]
+
+
+@pytest.mark.launch
 def test_train_shows_shapes_and_saves_whole_weights(tmp_path):
     run = run_day("day07/train.py", "--steps", 10, "--corpus", "moby_dick", "--run_dir", tmp_path)
     assert "zero stage 3 | 468,736 of 937,472 parameters on this rank = 1/2.00" in run.stdout
