@@ -1,0 +1,199 @@
+"""Day 10: accumulation is the large batch, cut up: same weights, and each message and update where the notes say."""
+
+import ast
+import json
+import re
+
+import pytest
+
+from tests.launch import error_line, run_day, run_ranks
+from tests.render import ROOT
+
+A = 4  # micro-batches a step in timeline.py
+
+
+@pytest.fixture(scope="module")
+def ways(tmp_path_factory):
+    """{(way, stage): row} of timeline.py."""
+    run_dir = tmp_path_factory.mktemp("timeline")
+    run_day("day10/timeline.py", "--run_dir", run_dir)
+    return {(row["way"], row["stage"]): row for row in json.loads((run_dir / "timeline.json").read_text())["table"]}
+
+
+def calls_with(letter: str, row: dict) -> list[int]:
+    """Positions of the calls, among those of the step, in which `letter` happened."""
+    return [at for at, call in enumerate(row["timeline"].split()) if re.search(rf"\+{letter}", call)]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("stage", range(4))
+def test_weights_change_in_the_last_step_alone(ways, stage):
+    for way in ("managed", "unmanaged"):
+        calls = ways[way, stage]["timeline"].split()
+        assert [call[0] for call in calls] == list("FBS" * A if way == "managed" else "FB" * A + "S")
+        assert calls_with("U", ways[way, stage]) == calls_with("W", ways[way, stage]) == [len(calls) - 1]
+
+
+@pytest.mark.launch
+def test_gradients_are_averaged_where_the_notes_say(ways):
+    backwards = [1 + 3 * i for i in range(A)]  # F B S F B S ...
+    averaged = {key: calls_with("r", row) for key, row in ways.items() if "timeline" in row}
+    for stage, every in enumerate((False, False, True, True)):
+        assert averaged["managed", stage] == (backwards if every else backwards[-1:])
+    assert averaged["unmanaged", 0] == averaged["unmanaged", 1] == [2 * A]  # in step()
+    assert averaged["no_sync", 0] == averaged["no_sync", 1] == [2 * A - 1]  # in the last backward
+    assert all(averaged["coalesced", stage] == [2 * A] for stage in (1, 2, 3))  # at the end of the with-block
+
+
+@pytest.mark.launch
+def test_sent_and_held_follow_the_arithmetic(ways):
+    sent = {key: row["sent"] for key, row in ways.items() if "sent" in row}
+    for way in ("managed", "unmanaged"):  # all-reduce 2, gather of the weights 1, reduce-scatter 1
+        assert [sent[way, stage] for stage in range(4)] == pytest.approx([2, 3, 2 * A + 1, A + A], rel=0.01)
+    assert [sent["no_sync", stage] for stage in (0, 1)] == pytest.approx([2, 3], rel=0.01)
+    assert [sent["coalesced", stage] for stage in (1, 2, 3)] == pytest.approx([3, 3, A + 1], rel=0.01)
+    for stage in (1, 2, 3):  # the price: all gradients, where stage 2 holds half and the cut parameter
+        assert ways["coalesced", stage]["held"] == pytest.approx(1, rel=0.01)
+    assert ways["managed", 2]["held"] == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.launch
+def test_every_right_way_makes_the_same_update(ways):
+    for way in ("managed", "no_sync", "coalesced", "unmanaged", "own_loss.backward"):
+        for stage in range(4):
+            if "error" not in (row := ways[way, stage]):
+                assert row["update"] == pytest.approx(1, rel=1e-5), (way, stage)
+                # 0.19.8: nobody computes the norm without ZeRO in fp32
+                assert (row["norm"] is None) == (stage == 0)
+
+
+@pytest.mark.launch
+def test_mistakes_are_what_the_pitfalls_say(ways):
+    for stage in range(4):
+        assert ways["one_step", stage]["update"] == 0 and not calls_with("U", ways["one_step", stage])
+        assert ways["divided", stage]["update"] == pytest.approx(1 / A, rel=1e-5)
+    # 0.19.8: each output of the model divides what flows back through it; at stage 3 the loss is no longer among them
+    updates = [ways["loss.backward", stage]["update"] for stage in (1, 2, 3)]
+    assert updates == pytest.approx([1 / A, 1 / A, 1], rel=1e-5)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("way", "stage", "sentence"),
+    [
+        ("no_sync", 2, "no_sync context manager is incompatible with gradient partitioning logic of ZeRO stage 2"),
+        ("no_sync", 3, "no_sync context manager is incompatible with gradient partitioning logic of ZeRO stage 3"),
+        ("coalesced", 0, "coalesce_grad_reduction requires ZeRO stage 1/2/3, got stage 0"),
+        ("loss.backward", 0, "Direct calls to tensor.backward() are not supported in this configuration."),
+    ],
+)
+def test_what_deepspeed_refuses(ways, way, stage, sentence):
+    assert sentence in ways[way, stage]["error"]
+    assert sentence in (ROOT / "day10/notes.md").read_text()
+
+
+def compare(run_dir, *flags, launch=run_ranks) -> list[dict]:
+    launch("day10/compare.py", "--run_dir", run_dir, *flags, ranks=2)
+    assert (run_dir / "activation_bytes.png").exists() and (run_dir / "tokens_per_s.png").exists()
+    return json.loads((run_dir / "compare.json").read_text())["table"]
+
+
+@pytest.mark.launch
+def test_accumulation_ends_at_the_weights_of_the_large_batch(tmp_path):
+    flags = ["--deepspeed_config", "day10/ds_config_sgd.json", "--stages", 0, 1, 2, 3, "--steps", 3]
+    table = compare(tmp_path, *flags, launch=run_day)
+    equations = [f"16 = {8 // accumulation} x {accumulation} x 2" for accumulation in (1, 2, 4, 8)]
+    assert [row["equation"] for row in table] == equations * 4 and [row["stage"] for row in table[::4]] == [0, 1, 2, 3]
+    assert table[0]["losses"][0] > table[0]["losses"][-1] + 0.1  # the weights moved
+    for row in table:  # 1e-7 was measured; SGD, for AdamW divides a wrong scale away
+        assert row["difference"] <= 1e-5, row["equation"]
+        assert row["losses"] == pytest.approx(table[0]["losses"], abs=1e-5)
+        assert row["activation_bytes"] == pytest.approx(table[0]["activation_bytes"] / row["accumulation"], rel=0.01)
+
+
+@pytest.mark.launch
+def test_so_it_does_with_adamw(tmp_path):
+    config = json.loads((ROOT / "day10/ds_config.json").read_text())
+    config["optimizer"]["params"]["lr"] = 3e-4  # at 1e-3 single weights differ by 1.2e-5 after 6 steps: see the notes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    flags = ["--deepspeed_config", tmp_path / "config.json", "--stages", 1, "--accumulations", 1, 8, "--steps", 4]
+    large, small = compare(tmp_path, *flags)
+    assert small["difference"] <= 1e-5 and small["norm"] == pytest.approx(large["norm"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """train.py, 12 steps, every loss."""
+    run_dir = tmp_path_factory.mktemp("train")
+    flags = ["--steps", 12, "--log_every", 1, "--corpus", "moby_dick", "--run_dir", run_dir]
+    return run_day("day10/train.py", *flags)
+
+
+@pytest.mark.launch
+def test_train_shows_the_batch_equation_and_counts(trained):
+    assert "zero stage 1 | DeepSpeedZeroOptimizer | cpu" in trained.stdout
+    assert "batch 16 = 2 micro x 4 accumulation x 2 ranks" in trained.stdout
+    assert "engine: 48 micro-batches a rank | 12 updates | 192 sequences of all ranks" in trained.stdout
+    assert trained.held_out[12] < trained.held_out[0] - 0.3
+
+
+def as_pytorch(text: str) -> str:
+    """Put the lines after `# PyTorch:` in, and take the statements marked `# DeepSpeed:` out."""
+    lines, removed = text.splitlines(), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.stmt) and not hasattr(node, "body"):
+            span = range(node.lineno - 1, node.end_lineno)
+            if any("# DeepSpeed:" in lines[at] for at in span):
+                removed |= set(span)
+    kept = [line for at, line in enumerate(lines) if at not in removed]
+    return "\n".join(re.sub(r"^( *)# PyTorch: ", r"\1", line) for line in kept)
+
+
+@pytest.mark.launch
+def test_the_replaced_pytorch_lines_train_the_same(trained, tmp_path):
+    text = as_pytorch((ROOT / "day10/train.py").read_text())
+    assert "engine." not in text and "deepspeed.initialize" not in text and "DistributedDataParallel" in text
+    script = tmp_path / "train_pytorch.py"
+    script.write_text(text.replace("Path(__file__).resolve().parent", f"Path({str(ROOT / 'day10')!r})"))
+    flags = ["--steps", 12, "--log_every", 1, "--corpus", "moby_dick", "--run_dir", tmp_path]
+    plain = run_day(script, *flags)
+    assert "batch 16 = 2 micro x 4 accumulation x 2 ranks" in plain.stdout
+    assert len(plain.losses) == 12
+    for step, loss in plain.losses.items():  # 1e-6 was measured: the log's last digit
+        assert loss == pytest.approx(trained.losses[step], abs=1e-5), step
+    assert plain.held_out[12] == pytest.approx(trained.held_out[12], abs=1e-5)
+
+
+@pytest.mark.launch
+def test_scaling_reads_the_same_text_with_every_batch(tmp_path):
+    flags = ["--accumulations", 1, 4, "--lrs", 0.0001, 0.004, "--sequences", 64, "--corpus", "moby_dick"]
+    run = run_day("day10/scaling.py", *flags, "--run_dir", tmp_path)
+    table = json.loads((tmp_path / "scaling.json").read_text())["table"]
+    assert [(row["batch_size"], row["steps"]) for row in table] == [(8, 8), (8, 8), (32, 2), (32, 2)]
+    slow, fast = table[:2]
+    assert fast["held_out_loss"] < slow["held_out_loss"] - 0.1 and run.stdout.count("*") == 3  # heading, two batches
+    assert (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"gradient_accumulation_steps": 0},
+            "Train batch size: 0 has to be greater than 0 -> batch numbers start at 1",
+        ),
+        ({"train_batch_size": 12}, "12 != 2 * 4 * 1"),
+    ],
+)
+def test_bad_configs_get_one_sentence(change, sentence, tmp_path):
+    config = json.loads((ROOT / "day10/ds_config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    run = run_ranks("day10/train.py", "--deepspeed_config", tmp_path / "config.json", check=False)
+    assert run.code != 0 and sentence in error_line(run)
+
+
+@pytest.mark.launch
+def test_a_batch_that_cannot_be_cut_gets_one_sentence(tmp_path):
+    run = run_ranks("day10/compare.py", "--accumulations", 3, "--run_dir", tmp_path, ranks=2, check=False)
+    assert error_line(run) == "--global_batch 16 cannot be cut into 3 micro-batches x 2 ranks"

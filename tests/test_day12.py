@@ -1,0 +1,245 @@
+"""Day 12: a long run's parts - groups, schedule, checkpoints that continue bitwise - and what it holds and uses."""
+
+import argparse
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+
+from common.model import PRESETS
+from common.run_log import read_rows
+from tests.launch import error_line, run_day, run_plain, run_ranks
+from tests.render import ROOT
+
+FP32 = "day12/ds_config_fp32.json"
+NUM_PARAMS, NUM_MATRIX, NUM_VECTOR = 934_528, 933_888, 640  # tiny, without biases
+
+
+def load(name: str):
+    """Import day12/<name>.py, which finds its neighbours as in a script."""
+    sys.path.insert(0, str(ROOT / "day12"))
+    try:
+        spec = importlib.util.spec_from_file_location(f"day12_{name}", ROOT / "day12" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(ROOT / "day12"))
+        for neighbour in ("gpt", "resources", "exercise"):
+            sys.modules.pop(neighbour, None)
+
+
+def losses(run_dir) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in read_rows(run_dir) if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """(the run, its folder) of the default config: autocast, ZeRO-0, through the launcher."""
+    run_dir = tmp_path_factory.mktemp("smoke")
+    flags = ["--steps", 20, "--log_every", 5, "--eval_every", 10, "--save_every", 20, "--sample_every", 20]
+    return run_day("day12/train.py", *flags, "--corpus", "moby_dick", "--run_dir", run_dir), run_dir
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """Run folders of 12 steps in one go, and of the same continued after step 6. An epoch has 5 steps."""
+    corpus = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    corpus.write_text("\n\n".join(f"Call me Ishmael, number {i}, some years ago." * 40 for i in range(19)))
+    flags = ["--deepspeed_config", FP32, "--steps", 12, "--log_every", 1, "--sample_every", 3, "--eval_every", 6]
+    flags += ["--save_every", 6, "--corpus", corpus]
+    whole, rest = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("rest")
+    run_ranks("day12/train.py", *flags, "--run_dir", whole, ranks=2)
+    (whole / "checkpoints/latest").write_text("step6")  # as if the run had been killed before its second checkpoint
+    run = run_ranks("day12/train.py", *flags, "--run_dir", rest, "--resume", whole, ranks=2)
+    return whole, rest, run
+
+
+@pytest.mark.launch
+def test_train_learns_with_every_part_on(smoke):
+    run, run_dir = smoke
+    assert "zero stage 0 | autocast torch.bfloat16 | compiled False" in run.stdout
+    assert f"AdamW: weight decay 0.1 for {NUM_MATRIX:,} parameters" in run.stdout
+    assert f"AdamW: weight decay 0.0 for {NUM_VECTOR} parameters" in run.stdout
+    assert "schedule WarmupCosineLR, 20 steps" in run.stdout
+    assert list(run.held_out) == [0, 10, 20] and run.held_out[20] < run.held_out[0] - 0.5
+    assert "step   20 | sample 'The" in run.stdout and (run_dir / "checkpoints/step20").is_dir()
+    assert "GPU utilisation unknown: the ranks are CPU processes" in run.stdout or torch.cuda.is_available()
+    rates = [row["lr"] for row in read_rows(run_dir) if "lr" in row]
+    assert max(rates) <= 0.004 and rates[-1] == pytest.approx(0.0004, rel=0.1)  # cos_min_ratio 0.1, reached at the end
+
+
+@pytest.mark.launch
+def test_log_rows_say_where_the_time_went(smoke):
+    rows = [row for row in read_rows(smoke[1]) if "data_share" in row]
+    assert [row["step"] for row in rows] == [1, 5, 10, 15, 20]
+    assert all(0 < row["data_share"] < 1 for row in rows)
+    run = run_plain("day12/resources.py", smoke[1], "--measure")
+    assert "934,528 parameters" in run.stdout and "%" in run.stdout and (smoke[1] / "resources.png").exists()
+
+
+@pytest.mark.launch
+def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(interrupted):
+    whole, rest, run = interrupted
+    assert "after step 6" in run.stdout
+    assert losses(rest) == {step: loss for step, loss in losses(whole).items() if step > 6}
+    samples = [[row["sample"] for row in read_rows(d) if "sample" in row] for d in (whole, rest)]
+    assert samples[1] == samples[0][2:], "rank 0 draws other random numbers than it would have"
+    first, second = (
+        torch.load(d / "checkpoints/step12/mp_rank_00_model_states.pt", weights_only=False) for d in (whole, rest)
+    )
+    assert all(torch.equal(first["module"][name], second["module"][name]) for name in first["module"])
+    assert first["lr_scheduler"] == second["lr_scheduler"]
+    for a, b in zip(first["random"], second["random"], strict=True):
+        assert torch.equal(a[0], b[0])
+    assert not torch.equal(first["random"][0][0], first["random"][1][0])  # rank 0 alone writes samples
+    for rank in (0, 1):
+        name = f"checkpoints/step12/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        states = [torch.load(d / name, weights_only=False)["optimizer_state_dict"] for d in (whole, rest)]
+        parts = [state["single_partition_of_fp32_groups"] for state in states]
+        assert all(torch.equal(a, b) for a, b in zip(*parts, strict=True))
+
+
+@pytest.mark.launch
+def test_a_finished_run_has_nothing_to_resume(interrupted, tmp_path):
+    whole = interrupted[0]
+    corpus = json.loads((whole / "settings.json").read_text())["corpus"]
+    flags = ["--deepspeed_config", FP32, "--steps", 6, "--corpus", corpus, "--run_dir", tmp_path]
+    run = run_ranks("day12/train.py", *flags, "--resume", whole, ranks=2, check=False)
+    assert run.code != 0 and "that run has 6 steps; --steps must be more" in error_line(run)
+
+
+def test_bad_input_gets_one_sentence(tmp_path):
+    train, old = load("train"), {"model": "tiny", "corpus": "all", "seed": 0, "batch": "8"}
+    (tmp_path / "settings.json").write_text(json.dumps(old))
+    new_run = {"resume": str(tmp_path), "run_dir": "elsewhere"}
+    train.check_resume(argparse.Namespace(**new_run), old)
+    for args, settings, sentence in (
+        ({"resume": "nowhere"}, old, "no settings.json there"),
+        ({}, old | {"seed": 1}, "that run had seed 0, this one has 1"),
+        ({"run_dir": str(tmp_path)}, old, "its log would be overwritten"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            train.check_resume(argparse.Namespace(**new_run | args), settings)
+    with pytest.raises(ValueError, match=r"no config file 'no\.json'"):
+        train.read_config("no.json", 10)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "sentence"),
+    [
+        ("train", ["--save_every", "0"], "--save_every 0: take 1 or more"),
+        ("oom", ["--micro_batch", "1"], "--micro_batch 1 cannot be halved"),
+        ("oom", ["--limit_gib", "-1"], "--limit_gib -1.0 leaves no memory at all"),
+        ("resources", ["nowhere"], "no log nowhere/metrics.jsonl"),
+    ],
+)
+def test_bad_flags_get_one_sentence(script, flags, sentence, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(sys, "argv", [f"day12/{script}.py", *flags])
+    with pytest.raises(ValueError, match=sentence):
+        load(script).main()
+
+
+def test_flops_per_token_are_those_that_pytorch_counts():
+    gpt, exercise = load("gpt"), load("exercise")
+    for name in ("tiny", "mini"):
+        assert gpt.build_gpt(name, 4096).flops_per_token(PRESETS[name].block_size) == pytest.approx(
+            exercise.counted_flops(name, 4096), rel=1e-3
+        )
+    with torch.device("meta"):  # 12 layers of 12 x 768^2, 50,304 x 768; 12 x 12 x 768 x 1,024
+        assert (
+            gpt.build_gpt("gpt2", 50257).flops_per_token(1024) == 6 * (84_934_656 + 38_633_472 + 19_200) + 113_246_208
+        )
+
+
+def test_matrices_decay_and_vectors_do_not():
+    train, model = load("train"), load("gpt").build_gpt("tiny", 4096)
+    matrices, vectors = train.parameter_groups(model)
+    assert sum(p.numel() for p in matrices["params"]) == NUM_MATRIX and "weight_decay" not in matrices
+    assert sum(p.numel() for p in vectors["params"]) == NUM_VECTOR and vectors["weight_decay"] == 0.0
+
+
+def test_the_schedule_follows_the_steps():
+    config = load("train").read_config(str(ROOT / "day12/ds_config.json"), 60)
+    assert config["scheduler"]["params"]["total_num_steps"] == 60
+    assert config["scheduler"]["params"]["warmup_num_steps"] == 6  # a tenth, as in the file
+
+
+def test_batches_continue_where_they_were():
+    from torch.utils.data import DataLoader, DistributedSampler
+
+    blocks = list(range(50))
+    sampler = DistributedSampler(blocks, num_replicas=2, rank=1, seed=3)
+    loader = DataLoader(blocks, batch_size=4, sampler=sampler, drop_last=True)
+    train = load("train")
+    first = [batch.tolist() for batch, _ in zip(train.batches_from(loader, 0), range(16), strict=False)]
+    for position in (1, 6, 7):  # an epoch has 6
+        rest = [batch.tolist() for batch, _ in zip(train.batches_from(loader, position), range(9), strict=False)]
+        assert rest == first[position : position + 9]
+    assert first[:6] != first[6:12]
+
+
+def test_peak_flops_are_known_for_listed_devices_only():
+    assert load("resources").peak_flops(torch.device("cpu")) is None
+
+
+@pytest.fixture(scope="module")
+def timelines(tmp_path_factory):
+    """Samples of memory.py on two ranks, ZeRO-1, plain and with both cures."""
+    found = {}
+    for name, flags in (("plain", []), ("cured", ["--recompute", "--loss_chunks", 8])):
+        run_dir = tmp_path_factory.mktemp(name)
+        run_ranks("day12/memory.py", "--corpus", "moby_dick", "--steps", 2, "--run_dir", run_dir, *flags, ranks=2)
+        assert (run_dir / "memory.png").exists()
+        samples = json.loads((run_dir / "memory.json").read_text())["samples"]
+        found[name] = {sample["when"]: sample for sample in samples if sample["step"] == 2}
+    return found
+
+
+@pytest.mark.launch
+def test_the_memory_timeline_adds_up(timelines):
+    plain = timelines["plain"]
+    order = ["start", "forward 0", "forward 1", "forward", "backward 1", "backward 0", "backward", "step"]
+    assert list(plain) == order
+    for sample in plain.values():
+        kinds = ("parameters", "optimizer", "gradients", "buckets", "activations", "other")
+        assert sample["total"] == sum(sample[kind] for kind in kinds)
+        assert sample["parameters"] == 4 * NUM_PARAMS
+        assert sample["optimizer"] == pytest.approx(12 * NUM_PARAMS / 2, rel=1e-3)  # fp32 weights and two moments
+    assert plain["start"]["activations"] == plain["backward"]["activations"] == 0 == plain["step"]["gradients"]
+    assert plain["forward 0"]["activations"] < plain["forward 1"]["activations"] < plain["forward"]["activations"]
+    assert plain["forward"]["activations"] > 2 * 4096 * 8 * 128  # the logits alone are twice that
+    assert plain["backward"]["gradients"] >= 4 * NUM_PARAMS / 2
+    assert plain["start"]["total"] == pytest.approx(plain["step"]["total"], rel=1e-3)
+
+
+@pytest.mark.launch
+def test_cures_show_in_the_timeline(timelines):
+    plain, cured = timelines["plain"], timelines["cured"]
+    assert cured["forward 1"]["activations"] < 0.3 * plain["forward 1"]["activations"]  # two block inputs are left
+    assert cured["forward"]["activations"] < 0.3 * plain["forward"]["activations"]  # and no logits
+
+
+@pytest.mark.launch
+def test_oom_is_provoked_and_cured(tmp_path):
+    flags = ["--ranks", 1, "--model", "tiny", "--micro_batch", 32, "--steps", 2, "--cases", "loss_chunks"]
+    run = run_plain("day12/oom.py", *flags, "--run_dir", tmp_path)
+    result = json.loads((tmp_path / "oom.json").read_text())
+    assert "you tried to allocate" in result["complaint"] or "out of memory" in result["complaint"]
+    base, chunks = result["table"]
+    assert base["fits"] == "no" and chunks["fits"] == "yes" and result["fastest"] == "loss_chunks"
+    assert "trains" in result["proof"], run.stdout  # under the limit
+    logits = 4 * 4096 * 32 * 128 / 2**30  # in GiB; the loss holds them, their softmax and the gradient
+    assert chunks["saved_gib"] > 1.5 * logits
+    assert chunks["losses"] == pytest.approx(base["losses"], abs=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the fused loss is a CUDA kernel")
+def test_train_on_a_gpu_compiles_and_knows_its_mfu(tmp_path):
+    flags = ["--steps", 20, "--log_every", 5, "--corpus", "moby_dick", "--run_dir", tmp_path]
+    run = run_day("day12/train.py", *flags, ranks=1)
+    assert "compiled True" in run.stdout and run.held_out[20] < run.held_out[0] - 0.5
