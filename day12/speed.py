@@ -1,4 +1,4 @@
-"""Day 12: from 227k to over 500k tokens/s - GPT-2 124M under DeepSpeed, change by change, beside plain PyTorch.
+"""Day 12: from 135k to 513k tokens/s - GPT-2 124M under DeepSpeed, change by change, beside plain PyTorch.
 
 From the repository root, on one GPU (on one CPU process it runs with what a CPU can do; its figures mean nothing):
 

@@ -137,6 +137,10 @@ def main() -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: take 1 or more; a large number means never")
     config = read_config(args.deepspeed_config, args.steps)
+    clips_here = config.get("zero_optimization", {}).get("stage", 0) == 0  # at ZeRO-0 gradients are ordinary `.grad`s:
+    max_norm = config.get("gradient_clipping", 1.0)  # PyTorch clips them in few kernels, DeepSpeed in one a parameter
+    if clips_here:
+        config["gradient_clipping"] = 0.0
     preset = get_preset(args.model)
     tokenizer = load_tokenizer(preset.tokenizer)
     train_blocks, held_out_blocks = load_corpus(args.corpus, tokenizer, preset.block_size)
@@ -149,6 +153,10 @@ def main() -> None:
     device, accumulation = engine.device, engine.gradient_accumulation_steps()
     fast = device.type != "cpu" if args.fast == "auto" else args.fast == "yes"
     model.fused_loss, model.narrow_stream = fast and device.type == "cuda", fast  # loss.py's kernel; gpt.py
+    if model.fused_loss:  # a CUDA device: cuDNN's attention beats FlashAttention 2 on Hopper (speed.py)
+        torch.backends.cuda.enable_flash_sdp(False)
+    # One rank has nobody to average with; ZeRO-0 would still flatten all gradients and copy them back.
+    maybe_average = engine.no_sync if clips_here and engine.dp_world_size == 1 else nullcontext
     if fast:
         engine.compile()  # torch.compile on the module; the engine's own hooks stay outside
     forward = torch.get_autocast_dtype(device.type) if engine.torch_autocast_enabled() else "off"
@@ -193,8 +201,11 @@ def main() -> None:
             waiting = time.perf_counter()
             batch = to_device(next(batches), device)
             data_s += time.perf_counter() - waiting
-            loss = engine(**batch).loss
-            engine.backward(loss)
+            with maybe_average():
+                loss = engine(**batch).loss
+                engine.backward(loss)
+            if clips_here and max_norm and engine.is_gradient_accumulation_boundary():
+                torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             engine.step()
             local_loss += loss.detach() / accumulation
         tokens, more = accumulation * batch["input_ids"].numel(), {}

@@ -243,3 +243,52 @@ def test_train_on_a_gpu_compiles_and_knows_its_mfu(tmp_path):
     flags = ["--steps", 20, "--log_every", 5, "--corpus", "moby_dick", "--run_dir", tmp_path]
     run = run_day("day12/train.py", *flags, ranks=1)
     assert "compiled True" in run.stdout and run.held_out[20] < run.held_out[0] - 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the fused loss is a CUDA kernel")
+def test_the_fused_loss_is_the_plain_one():
+    torch.manual_seed(0)
+    model = load("gpt").build_gpt("tiny", 4090).cuda()
+    ids = torch.randint(0, 4090, (2, 128), device="cuda")
+    gradients = []
+    for model.fused_loss in (False, True):
+        loss = model(ids, ids).loss
+        loss.backward()
+        gradients.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        model.zero_grad()
+    for plain, fused in zip(*gradients, strict=True):
+        assert torch.allclose(plain, fused, atol=1e-5), (plain - fused).abs().max()
+
+
+@pytest.mark.parametrize("vocab_size", [4096, 4090], ids=["whole", "padded"])
+def test_the_lean_model_is_a_gpt2_whose_biases_are_zero(vocab_size):
+    """Logits, loss, and the gradients of each way to compute it: in parts, with recomputation."""
+    gpt = load("gpt")
+    torch.manual_seed(0)
+    model = gpt.build_gpt("tiny", vocab_size)
+    ids = torch.randint(0, vocab_size, (2, 128))
+    theirs = gpt.to_transformers(model, eos_token_id=0)
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, theirs(ids).logits, atol=1e-5)
+        assert model(ids, ids).loss.item() == pytest.approx(theirs(ids, labels=ids).loss.item(), abs=1e-5)
+    gradients = []
+    for model.recompute, model.loss_chunks in ((False, 1), (True, 1), (False, 4)):
+        model(ids, ids).loss.backward()
+        gradients.append(model.wte.weight.grad.clone())
+        model.zero_grad()
+    assert all(torch.allclose(other, gradients[0], atol=1e-7) for other in gradients[1:])
+    assert gradients[0][vocab_size:].abs().sum() == 0  # ids that pad the vocabulary learn nothing
+
+
+@pytest.mark.launch
+def test_deepspeed_and_plain_pytorch_train_the_same_model(tmp_path):
+    """Every change of the ladder that a CPU can make leaves the losses where they were; the last rung is PyTorch's."""
+    cases = ["lean", "no_average", "torch"]
+    flags = ["--cases", *cases, "--steps", 6, "--window", 2, "--turns", 2, "--batch_size", 2, "--corpus", "moby_dick"]
+    run_ranks("day12/speed.py", *flags, "--run_dir", tmp_path, ranks=1)
+    result = json.loads((tmp_path / "speed.json").read_text())
+    lean, last, plain = (row["losses"] for row in result["table"])
+    assert plain[-1] < plain[0]
+    assert last == pytest.approx(plain, abs=1e-5) and result["turns"]["losses_apart"] < 1e-5
+    assert lean == pytest.approx(plain, abs=1e-2)  # a wider stream between blocks: 2e-4 was measured
