@@ -1,4 +1,4 @@
-# make train · make day05 · make test · make test-fast · make results - each sets itself up.
+# make train · make day05 · make test · make test-fast · make test-long · make results - each sets itself up.
 SHELL  := /bin/bash
 PYTHON ?= python3
 VENV   := .venv
@@ -17,7 +17,7 @@ LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS)
 
 .DEFAULT_GOAL := help
 FORCE:  # the folders day01 ... exist, and must not count as made
-.PHONY: help venv train test test-fast lint results render
+.PHONY: help venv train test test-long test-fast lint results render
 
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,11 +43,14 @@ day01: $(STAMP) FORCE
 day03: $(STAMP) FORCE
 	$(LAUNCH) day03/compare.py $(ARGS)
 
-test: $(STAMP)  ## every test (minutes)
+test: $(STAMP)  ## every test but the long ones (minutes)
 	$(BIN)/python -m pytest $(ARGS)
 
+test-long: $(STAMP)  ## the reliability tests: runs killed, files damaged, disks full (many minutes)
+	$(BIN)/python -m pytest -m long $(ARGS)
+
 test-fast: $(STAMP)  ## the tests that launch nothing (seconds)
-	$(BIN)/python -m pytest -m "not launch and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not launch and not gpu and not long" $(ARGS)
 
 lint: $(STAMP)  ## ruff check and ruff format --check
 	$(BIN)/ruff check .

@@ -51,3 +51,35 @@ compare day06 compare
 compare day07 compare
 compare day07 compare_mini --model mini --global_batch 4 --steps 12 --cases ddp fsdp2 zero0 zero1 zero2 zero3 zero3_tight
 compare day07 compare_bf16 --bf16 --cases ddp fsdp2 zero1 zero2 zero3
+
+mkdir -p day10/results day11/results day12/results
+record "day10/results/train_$label.json" deepspeed --num_accelerators "$ranks" day10/train.py
+record "day10/results/timeline_$label.json" deepspeed --num_accelerators "$ranks" day10/timeline.py
+compare day10 compare
+compare day10 compare_sgd --deepspeed_config day10/ds_config_sgd.json --stages 0 1 2 3
+rm day10/results/compare_sgd_*_"$label.png" # the notes draw the first table alone
+folder="runs/results/day10_scaling_$label"
+deepspeed --num_accelerators "$ranks" day10/scaling.py --run_dir "$folder"
+cp "$folder/scaling.json" "day10/results/scaling_$label.json"
+cp "$folder/loss.png" "day10/results/scaling_loss_$label.png"
+
+record "day11/results/train_$label.json" deepspeed --num_accelerators "$ranks" day11/train.py
+for lab in look overflow underflow missing_bits; do
+    record "day11/results/${lab}_$label.json" deepspeed --num_accelerators "$ranks" "day11/$lab.py"
+done
+compare day11 compare --steps 60
+compare day11 compare_traps --steps 20 --cases fp32 bf16_zero0 fp16_zero0 autocast_fp16_zero1
+
+record "day12/results/train_$label.json" deepspeed --num_accelerators "$ranks" day12/train.py
+record "day12/results/resources_$label.json" python day12/resources.py "$(ls -d runs/day12/2* | tail -1)" --measure
+folder="runs/results/day12_memory_$label"
+deepspeed --num_accelerators "$ranks" day12/memory.py --run_dir "$folder"
+cp "$folder/memory.json" "day12/results/memory_$label.json"
+cp "$folder/memory.png" "day12/results/memory_$label.png"
+deepspeed --num_accelerators "$ranks" day12/memory.py --recompute --loss_chunks 8 --run_dir "${folder}_cured"
+cp "${folder}_cured/memory.json" "day12/results/memory_cured_$label.json"
+cp "${folder}_cured/memory.png" "day12/results/memory_cured_$label.png"
+folder="runs/results/day12_oom_$label"
+python day12/oom.py --ranks "$ranks" --run_dir "$folder"
+cp "$folder/oom.json" "day12/results/oom_$label.json"
+for plot in peak speed; do cp "$folder/$plot.png" "day12/results/oom_${plot}_$label.png"; done
