@@ -244,8 +244,9 @@ def communication_bytes(model: Model, config: dict, num_ranks: int, precision: s
     """Bytes of the buffers beside the states: buckets, gathered (parameters at stage 3), autocast (16-bit weights).
 
     Stages 1 and 2 allocate reduce_bucket_size elements in full however small the model is, from the first gradient of a
-    backward pass on, twice with overlap_comm; stage 3 once, for the whole run. allgather_bucket_size costs nothing: the
-    parts arrive in the model's own flat buffer. Stage 3 holds gathered parameters up to stage3_max_live_parameters.
+    backward pass on, twice with overlap_comm; stage 3 once, for the whole run (without contiguous_gradients only while
+    gradients wait). allgather_bucket_size costs nothing: the parts arrive in the model's own flat buffer.
+    Stage 3 holds gathered parameters up to stage3_max_live_parameters.
     Stage 0 flattens up to 5e8 gradients for its all-reduce; torch_autocast keeps 16-bit copies of the fp32 weights.
     (stage_1_and_2.py setup_buckets, stage3.py, partitioned_param_coordinator.py, engine.buffered_allreduce_fallback.)
     """
@@ -317,7 +318,7 @@ def predict(
 
     fixed = states["parameters"] + states["optimizer"] + buffers["gathered"] + buffers["autocast"]
     accumulated = states["gradients"] if config.get("gradient_accumulation_steps", 1) > 1 or stage == 3 else 0
-    always = buffers["buckets"] if stage == 3 else 0
+    always = buffers["buckets"] if stage == 3 and zero.get("contiguous_gradients", True) else 0
     step = 0.0
     if stage > 0 and not zero.get("offload_optimizer"):
         step = 4 * min(share, zero.get("sub_group_size", 1_000_000_000) if stage == 3 else share)

@@ -202,6 +202,10 @@ CASES = {
             "zero_optimization": {"stage": stage, "offload_optimizer": OFFLOAD, **SMALL}, "bf16": {"enabled": True},
         } for stage in (1, 2, 3)
     },
+    "zero3_bf16_persistent": {  # most matrices of this model stay whole beside the parts
+        "zero_optimization": {"stage": 3, **SMALL, "stage3_param_persistence_threshold": 13_000},
+        "bf16": {"enabled": True},
+    },
     "zero3_bf16_offload_both": {
         "zero_optimization": {"stage": 3, "offload_optimizer": OFFLOAD, "offload_param": OFFLOAD, **SMALL},
         "bf16": {"enabled": True},
@@ -235,7 +239,7 @@ def test_prediction_agrees_with_the_tensors_held(measured, case):
         grad_accum_dtype=CASES[case].get("data_types", {}).get("grad_accum_dtype"),
         offload_optimizer="cpu" if "offload" in case else None,
         offload_param="cpu" if "both" in case else None,
-        persistent=sum(size for size in sizes if size <= SMALL["stage3_param_persistence_threshold"]),
+        persistent=sum(size for size in sizes if size <= zero["stage3_param_persistence_threshold"]),
         owned_gradients=plan.owned_gradient_elements(sizes, num_ranks),
     )
     predicted = states["total"] + states["host"]  # on CPU ranks both are host memory
