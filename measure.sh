@@ -83,3 +83,21 @@ folder="runs/results/day12_oom_$label"
 python day12/oom.py --ranks "$ranks" --run_dir "$folder"
 cp "$folder/oom.json" "day12/results/oom_$label.json"
 for plot in peak speed; do cp "$folder/$plot.png" "day12/results/oom_${plot}_$label.png"; done
+
+mkdir -p day17/results day18/results
+rm -rf runs/day17/mine runs/day18/mine runs/day18/drill
+record "day17/results/train_$label.json" deepspeed --num_accelerators "$ranks" day17/train.py --run_dir runs/day17/mine
+folder="runs/results/day17_$label"
+deepspeed --num_accelerators "$ranks" day17/compare.py --run_dir "$folder"
+cp "$folder/compare.json" "day17/results/compare_$label.json"
+for part in "first 30" "train 60"; do # a run of 30 steps, and the same one continued to 60
+    read -r name steps <<<"$part"
+    record "day18/results/${name}_$label.json" deepspeed --num_accelerators "$ranks" day18/train.py \
+        --run_dir runs/day18/mine --steps "$steps"
+done
+record "day18/results/convert_$label.json" python day18/convert.py runs/day18/mine/checkpoints
+record "day18/results/one_rank_$label.json" deepspeed --num_accelerators 1 day18/train.py \
+    --run_dir runs/day18/mine --steps 80
+record "day18/results/export_$label.json" python day18/export.py runs/day18/mine/checkpoints runs/day18/mine/model
+record "day18/results/supervise_$label.json" python day18/supervise.py --drill kill \
+    "deepspeed --num_accelerators $ranks day18/train.py --run_dir runs/day18/drill --steps 30"

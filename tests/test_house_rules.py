@@ -29,6 +29,11 @@ LONGER = {
     "day12/oom.py": "the ladder of cures, trial by trial, with table and plots",
     "day12/trial.py": "one program for every cure and for a memory limit on CPU and GPU",
     "day12/resources.py": "three meters of resource use and their report",
+    "day17/checkpoints.py": "the module that readers copy: publish, verify, choose, keep",
+    "day17/compare.py": "sixteen ways to save, and what DeepSpeed refuses",
+    "day17/train.py": "saves every N steps, on signals, the last K and the best",
+    "day18/train.py": "chooses, loads safely, resizes, goes on with data and log",
+    "day18/supervise.py": "watches, names the rank, restarts with back-off",
 }
 MAX_SCRIPT_LINES, MAX_COMMON_LINES = 120, 500  # common/: lines that are not blank
 # The base flags: the same meaning in every training script.

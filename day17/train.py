@@ -1,0 +1,125 @@
+"""Day 17: save checkpoints - every N steps, on a scheduler's signal, the last K and the best, each whole or not there.
+
+From the repository root, on two CPU processes or two GPUs:
+
+    deepspeed --num_accelerators 2 day17/train.py --run_dir runs/day17/mine
+    deepspeed --num_accelerators 2 day17/train.py --deepspeed_config day17/ds_config_zero3.json
+    python day17/checkpoints.py runs/day17/mine/checkpoints
+
+Expect a line for each checkpoint: its bytes, how long training stood still, which ones are kept. Day 18 continues.
+Checked with deepspeed 0.19.8. Source: deepspeed/runtime/engine.py, save_checkpoint.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
+
+# Copying this script? Take day17/checkpoints.py along, and replace the others with your own data, model and logger.
+from common.cpu import start_without_compiler
+from common.data import held_out_loss, load_corpus, load_tokenizer, to_device
+from common.errors import UserError, clear_errors
+from common.model import build_model, get_preset
+from common.ranks import print0, require_launcher
+from common.run_log import RunLog, default_run_dir, show_path
+from day17.checkpoints import GlobalOrder, StopSignals, all_or_none, checkpoints, prune, publish, random_state, seed_all
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--deepspeed_config", default=str(HERE / "ds_config.json"), help="DeepSpeed JSON config")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps (not micro-batches)")
+    parser.add_argument("--log_every", type=int, default=20, help="optimizer steps between two log lines")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
+    parser.add_argument("--run_dir", default=default_run_dir("day17"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--model", default="tiny", help="preset of common/model.py")
+    parser.add_argument("--corpus", default="all", help="shipped corpus, text file, or Hugging Face data set")
+    parser.add_argument("--save_every", type=int, default=10, help="optimizer steps between two checkpoints")
+    parser.add_argument("--keep_last", type=int, default=2, help="checkpoints kept, beside the best one")
+    parser.add_argument("--dropout", type=float, default=0.1, help="dropout: each rank draws its own random numbers")
+    return parser.parse_args()
+
+
+def save(engine: deepspeed.DeepSpeedEngine, root: Path, step: int, keep_last: int, held_out: float | None) -> None:
+    """Write a checkpoint under another name, publish it whole, remove old ones. Collective."""
+    start, name = time.perf_counter(), f"step{step:06d}"
+    partial = root / f"partial_{name}"
+    client_state = {"step": step, "sequences": step * engine.train_batch_size()}  # the same on all ranks
+    with all_or_none(f"saving {name}", root):
+        partial.mkdir(parents=True, exist_ok=True)
+    with all_or_none(f"saving {name}", root):
+        try:  # weights, optimizer, schedule, loss scale; save_latest would write `latest` in place
+            engine.save_checkpoint(str(root), tag=partial.name, client_state=client_state, save_latest=False)
+        except (OSError, RuntimeError):
+            dist.barrier()  # save_checkpoint ends with one, where the other ranks wait for this one
+            raise
+    with all_or_none(f"saving {name}", root):
+        torch.save(random_state(engine.device), partial / f"random_rank_{engine.global_rank}.pt")
+    written_s = time.perf_counter() - start
+    facts = {"step": step, "ranks": engine.dp_world_size, "zero_stage": engine.zero_optimization_stage()}
+    facts |= {"global_batch": engine.train_batch_size(), "held_out_loss": held_out, "deepspeed": deepspeed.__version__}
+    total = sum(entry["bytes"] for entry in publish(partial, name, **facts)["files"].values())
+    if engine.global_rank == 0:
+        kept = prune(root, keep_last)
+        seconds = f"{time.perf_counter() - start:.2f} s, {written_s:.2f} of it writing"
+        print0(f"saved {name}: {total:,} bytes, stood {seconds} | kept {' '.join(kept)}")
+
+
+def main() -> None:
+    args = parse_args()
+    require_launcher()
+    start_without_compiler()
+    stop = StopSignals()
+    preset = get_preset(args.model)
+    tokenizer = load_tokenizer(preset.tokenizer)
+    train_blocks, held_out_blocks = load_corpus(args.corpus, tokenizer, preset.block_size)
+    torch.manual_seed(args.seed)  # the same on every rank, so every rank builds the same weights
+    model = build_model(args.model, len(tokenizer), tokenizer.eos_token_id)
+    for module in (part for part in model.modules() if isinstance(part, torch.nn.Dropout)):
+        module.p = args.dropout
+
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=args.deepspeed_config)
+    root = Path(args.run_dir) / "checkpoints"
+    if checkpoints(root):
+        raise UserError(f"{show_path(root)} has checkpoints: take another --run_dir, or continue with day18/train.py")
+    print0(
+        f"zero stage {engine.zero_optimization_stage()} | saves every {args.save_every} steps | {engine.device.type}"
+    )
+    micro_batch, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
+    order = GlobalOrder(len(train_blocks), micro_batch, args.seed)  # each rank its own blocks
+    batches = iter(DataLoader(train_blocks, batch_size=micro_batch, sampler=order))
+    seed_all(args.seed * 1000 + engine.global_rank)  # from here on, each rank its own dropout masks
+
+    log = RunLog(args.run_dir, args.steps, args.log_every, engine.device)
+    for step in range(1, args.steps + 1):
+        local_loss = 0.0
+        for _ in range(accumulation):
+            batch = to_device(next(batches), engine.device)
+            loss = engine(**batch).loss
+            engine.backward(loss)
+            engine.step()
+            local_loss += loss.detach() / accumulation
+        log.step(step, local_loss, tokens=accumulation * batch["input_ids"].numel())
+        stopped_by = stop.agreed(engine.device)
+        if step % args.save_every == 0 or step == args.steps or stopped_by:
+            held_out = None if stopped_by else held_out_loss(engine, held_out_blocks, engine.device, max_blocks=64)
+            save(engine, root, step, args.keep_last, held_out)
+        if stopped_by:
+            print0(f"stopped by {stopped_by} after step {step}, which is saved: day18/train.py continues from it")
+            break
+    log.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()

@@ -1,0 +1,165 @@
+"""Day 18: resume - from the newest checkpoint that verifies, to the bit; on other ranks or at another stage as well.
+
+From the repository root, on two CPU processes or two GPUs; the second command continues what the first began:
+
+    deepspeed --num_accelerators 2 day18/train.py --run_dir runs/day18/mine --steps 30
+    deepspeed --num_accelerators 2 day18/train.py --run_dir runs/day18/mine --steps 60
+    python day18/convert.py runs/day18/mine/checkpoints
+    deepspeed --num_accelerators 1 day18/train.py --run_dir runs/day18/mine --steps 80
+
+Expect a sentence that says where it starts and which checkpoints it does not trust and why; then training as on day 17.
+Checked with deepspeed 0.19.8. Source: deepspeed/runtime/engine.py, load_checkpoint.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
+
+# Copying this script? Take day17/checkpoints.py along, and replace the others with your own data, model and logger.
+from common.cpu import start_without_compiler
+from common.data import held_out_loss, load_corpus, load_tokenizer, to_device
+from common.errors import UserError, clear_errors
+from common.model import build_model, get_preset
+from common.ranks import print0, require_launcher
+from common.run_log import RunLog, default_run_dir, read_rows, show_path
+from day17 import checkpoints as ckpt
+from day17.train import save
+from day18.supervise import Heartbeat
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--deepspeed_config", default=str(HERE / "ds_config.json"), help="DeepSpeed JSON config")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps (not micro-batches)")
+    parser.add_argument("--log_every", type=int, default=20, help="optimizer steps between two log lines")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
+    parser.add_argument("--run_dir", default=default_run_dir("day18"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--model", default="tiny", help="preset of common/model.py")
+    parser.add_argument("--corpus", default="all", help="shipped corpus, text file, or Hugging Face data set")
+    parser.add_argument("--save_every", type=int, default=10, help="optimizer steps between two checkpoints")
+    parser.add_argument("--keep_last", type=int, default=2, help="checkpoints kept, beside the best one")
+    parser.add_argument("--dropout", type=float, default=0.1, help="dropout: each rank draws its own random numbers")
+    return parser.parse_args()
+
+
+def load_safely() -> None:
+    """Let no checkpoint run code: DeepSpeed passes weights_only=False everywhere, this variable overrules it.
+
+    The optimizer's files name a few of DeepSpeed's own classes. They are allowed, and nothing else is.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
+
+
+def choose(root: Path, config: dict) -> tuple[Path | None, dict]:
+    """Return the checkpoint to load and its manifest; switch the config to universal loading where it needs that."""
+    found, rejected = ckpt.newest_good(root)
+    for sentence in rejected:
+        print0(f"not trusted: {sentence}")
+    if rejected and found is None:
+        raise UserError(f"none of the {len(rejected)} checkpoints in {show_path(root)} is whole: move them away first")
+    if dist.get_rank() == 0:
+        ckpt.clear_up(root, found)
+    if found is None:
+        print0(f"resume: no checkpoint in {show_path(root)}, starting at step 0")
+        return None, {}
+    facts, stage = ckpt.read_manifest(found), config["zero_optimization"]["stage"]
+    made, now = (facts["ranks"], facts["zero_stage"]), (dist.get_world_size(), stage)
+    if made != now:
+        universal = root / f"universal_{found.name}"
+        change = (
+            f"{found.name} was saved by {made[0]} ranks at stage {made[1]}, this run has {now[0]} at stage {now[1]}"
+        )
+        if problem := ckpt.problem_with(universal):
+            raise UserError(f"{change}; first: python day18/convert.py {show_path(root)} ({universal.name}: {problem})")
+        print0(f"resume: {change}: loading {universal.name}")
+        config.setdefault("checkpoint", {})["load_universal"] = True
+        found, facts = universal, ckpt.read_manifest(universal)
+    print0(f"resume: {found.name}, {len(facts['files'])} files verified, continuing after step {facts['step']}")
+    return found, facts
+
+
+def main() -> None:
+    args = parse_args()
+    require_launcher()
+    start_without_compiler()
+    load_safely()
+    heart = Heartbeat(args.run_dir, int(os.environ["RANK"]))
+    stop, root = ckpt.StopSignals(), Path(args.run_dir) / "checkpoints"
+    deepspeed.init_distributed()
+    config = json.loads(Path(args.deepspeed_config).read_text())
+    found, facts = choose(root, config)
+    universal = found and found.name.startswith("universal_")
+    preset = get_preset(args.model)
+    tokenizer = load_tokenizer(preset.tokenizer)
+    train_blocks, held_out_blocks = load_corpus(args.corpus, tokenizer, preset.block_size)
+    torch.manual_seed(args.seed)  # the same on every rank, so every rank builds the same weights
+    model = build_model(args.model, len(tokenizer), tokenizer.eos_token_id)
+    for module in (part for part in model.modules() if isinstance(part, torch.nn.Dropout)):
+        module.p = args.dropout
+
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    start, sequences, rank = 0, 0, engine.global_rank
+    if found:
+        path, client_state = engine.load_checkpoint(str(root), tag=found.name)
+        if path is None:  # DeepSpeed only warns, and would train on from fresh weights
+            raise UserError(f"DeepSpeed loaded nothing from {found}")
+        start, sequences = client_state["step"], client_state["sequences"]
+        if facts["global_batch"] != engine.train_batch_size():
+            print0(
+                f"note: the batch was {facts['global_batch']} and is {engine.train_batch_size()}: other losses follow"
+            )
+    print0(f"zero stage {engine.zero_optimization_stage()} | step {engine.global_steps} | {engine.device.type}")
+
+    micro_batch, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
+    order = ckpt.GlobalOrder(len(train_blocks), micro_batch, args.seed, start=sequences)
+    batches = iter(DataLoader(train_blocks, batch_size=micro_batch, sampler=order))
+    ckpt.seed_all(args.seed * 1000 + rank)  # from here on, each rank its own dropout masks
+    if found and not universal:  # after iter(DataLoader), which draws a random number; client_state has rank 0's on all
+        ckpt.set_random_state(torch.load(found / f"random_rank_{rank}.pt", weights_only=True), engine.device)
+    kept = read_rows(args.run_dir) if found and rank == 0 else []
+    log = RunLog(args.run_dir, args.steps, args.log_every, engine.device)
+    for row in (row for row in kept if row["step"] <= start):  # metrics.jsonl goes on where the checkpoint was
+        log.record(**row)
+    for step in range(start + 1, args.steps + 1):
+        local_loss = 0.0
+        for _ in range(accumulation):
+            heart.beat(step, "batch")
+            batch = to_device(next(batches), engine.device)
+            heart.beat(step, "compute")
+            loss = engine(**batch).loss
+            engine.backward(loss)
+            engine.step()
+            local_loss += loss.detach() / accumulation
+        log.step(step, local_loss, tokens=accumulation * batch["input_ids"].numel())
+        heart.beat(step, "boundary")
+        stopped_by = stop.agreed(engine.device)
+        if step % args.save_every == 0 or step == args.steps or stopped_by:
+            held_out = None if stopped_by else held_out_loss(engine, held_out_blocks, engine.device, max_blocks=64)
+            save(engine, root, step, args.keep_last, held_out)
+        if stopped_by:
+            print0(f"stopped by {stopped_by} after step {step}, which is saved: the same command continues")
+            break
+    log.close()
+    heart.beat(args.steps, "done")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()
