@@ -96,7 +96,7 @@ for part in "first 30" "train 60"; do # a run of 30 steps, and the same one cont
         --run_dir runs/day18/mine --steps "$steps"
 done
 record "day18/results/convert_$label.json" python day18/convert.py runs/day18/mine/checkpoints
-record "day18/results/one_rank_$label.json" deepspeed --num_accelerators 1 day18/train.py \
+record "day18/results/one_rank_1${label#"$ranks"}.json" deepspeed --num_accelerators 1 day18/train.py \
     --run_dir runs/day18/mine --steps 80
 record "day18/results/export_$label.json" python day18/export.py runs/day18/mine/checkpoints runs/day18/mine/model
 record "day18/results/supervise_$label.json" python day18/supervise.py --drill kill \
