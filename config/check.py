@@ -720,6 +720,12 @@ def precision(c) -> Iterator[Finding]:
     if autocast and "dtype" not in c.section("torch_autocast"):
         message = "Without dtype PyTorch's own default applies: float16 on CUDA, and then without loss scaling."
         yield c.warning("torch_autocast.dtype", message, 'Add "dtype": "bfloat16".')
+    if autocast and c.stage > 0 and str(c.get("torch_autocast.dtype")) in ("fp16", "float16"):
+        message = (
+            "float16 autocast with ZeRO: gradients are clipped before the loss scale is taken off them, and after an "
+            "overflow the scale never falls."
+        )
+        yield c.error("torch_autocast.dtype", message, "ZeRO stage 0, or bfloat16.")
     modules = c.get("torch_autocast.lower_precision_safe_modules")
     for i, module in enumerate(modules if isinstance(modules, list) else []):
         if isinstance(module, str) and "." not in module:

@@ -339,6 +339,8 @@ MISTAKES = [
     M("bf16 and torch_autocast", cfg(bf16={"enabled": True}, torch_autocast={"enabled": True, "dtype": "bfloat16"},
                                      **zero(1)),
       ("error", "torch_autocast.enabled", "together"), Gives({"next(m.parameters()).dtype": "torch.bfloat16"})),
+    M("float16 autocast with ZeRO", cfg(torch_autocast={"enabled": True, "dtype": "float16"}, **zero(1)),
+      ("error", "torch_autocast.dtype", "clipped"), Gives({"float(e.get_global_grad_norm()) > 1000": "True"})),
     M("autocast without dtype", cfg(torch_autocast={"enabled": True}, **zero(1)),
       ("warning", "torch_autocast.dtype", "float16 on CUDA"), Gives({"e.torch_autocast_dtype()": "None"})),
     M("fp16 master weights without offload", cfg(fp16={"enabled": True, "fp16_master_weights_and_grads": True},
