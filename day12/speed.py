@@ -26,8 +26,10 @@ import torch.distributed as dist
 from baseline_torch import ADAMW, build_torch
 from deepspeed.accelerator import get_accelerator
 from gpt import GPT, build_gpt
+from resources import peak_flops
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, DistributedSampler
+from train import parameter_groups
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
@@ -54,7 +56,6 @@ RUNGS = {
     "no_average": {"no_average": True},  # one rank has nobody to average gradients with
 }
 BASELINES = {"torch_hf": "hf_compiled", "torch": "narrow_stream"}
-PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}  # bf16, dense (NVIDIA's data sheets)
 
 
 def parse_args() -> argparse.Namespace:
@@ -100,10 +101,6 @@ def build(case: str, vocab_size: int, args: argparse.Namespace, device: torch.de
     compiled = "compiled" in on and on_cuda  # on CPU no compiler is promised
     if case in BASELINES:
         return build_torch(model, compiled), model
-    groups = [  # weight decay on matrices alone
-        {"params": [p for p in model.parameters() if p.dim() > 1]},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
-    ]
     config = {
         "train_micro_batch_size_per_gpu": args.batch_size,
         "gradient_clipping": 0.0 if "foreach_clip" in on else 1.0,
@@ -111,7 +108,7 @@ def build(case: str, vocab_size: int, args: argparse.Namespace, device: torch.de
         "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
         "timers": {"throughput": {"enabled": "no_timer" not in on}},
     }
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model), config=config)
     if compiled:
         engine.compile()
     alone = "no_average" in on and engine.dp_world_size == 1
@@ -181,7 +178,7 @@ def main() -> None:
     blocks, _ = load_corpus(args.corpus, tokenizer, preset.block_size)
     with torch.device("meta"):
         flops = GPT(preset, len(tokenizer)).flops_per_token(preset.block_size)
-    peak = PEAK_FLOPS.get(torch.cuda.get_device_name()) if device.type == "cuda" else None
+    peak = peak_flops(device)
     tokens = args.batch_size * preset.block_size
 
     def new_batches():
