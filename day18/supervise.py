@@ -103,7 +103,7 @@ class Supervisor:
         """Launch, and watch until it ends; return what went wrong, None for a good end."""
         self.launched = time.time()
         job = subprocess.Popen(self.words, start_new_session=True)  # its own process group, to be killed as one
-        problem = None
+        problem, last_sign = None, None
         while job.poll() is None:
             time.sleep(POLL_S)
             beats = read_heartbeats(self.run_dir, self.launched)
@@ -112,7 +112,7 @@ class Supervisor:
             dead = [rank for rank in ended if beats[rank]["phase"] != "done"]
             silent_s = time.time() - max([self.launched, *(beat["time"] for beat in beats.values())])
             if dead:  # the other ranks wait for it, with NCCL for ever; the launcher asks them to end one after another
-                problem = f"{where(beats, dead)} died"
+                problem, last_sign = f"{where(beats, dead)} died", min(beats[rank]["time"] for rank in dead)
                 try:
                     job.wait(GRACE_S)
                 except subprocess.TimeoutExpired:
@@ -125,6 +125,8 @@ class Supervisor:
         code = job.wait()
         if code == 0:
             return None
+        if last_sign:
+            problem += f", the job was over {time.time() - last_sign:.1f} s after its last beat"
         return f"{problem or 'no rank was seen to die first'}; exit code {code}"
 
     def _drill(self, beats: dict[int, dict]) -> None:

@@ -138,7 +138,9 @@ def supervised(*flags: object, run_dir: Path, steps: int = 10, **options):
 @pytest.mark.launch
 def test_supervisor_names_the_killed_rank_and_continues(tmp_path):
     run = supervised("--drill", "kill", "--drill_step", 5, run_dir=tmp_path)
-    assert re.search(r"^supervise: rank 1 \(pid \d+, step \d+, \w+\) died; exit code", run.stdout, re.M), run.stdout
+    died = r"^supervise: rank 1 \(pid \d+, step \d+, \w+\) died, the job was over ([\d.]+) s after its last beat; "
+    found = re.search(died + "exit code", run.stdout, re.M)
+    assert found and float(found[1]) < 10, run.stdout
     assert re.search(r"^resume: step00000[468], ", run.stdout, re.M)
     assert re.search(r"^supervise: finished after", run.stdout, re.M)
     assert ckpt.newest_good(tmp_path / "checkpoints")[0].name == "step000010"
