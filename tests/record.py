@@ -8,6 +8,7 @@ The notes show these files (tests/render.py); `make results` records all of them
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def main() -> None:
     output = [line for line in lines if not NOISE.search(line)]
     rows = parse_lines("\n".join(output))
     wall_s = round(time.perf_counter() - start, 1)
-    write_results(path, " ".join(command), exit_code=code, wall_s=wall_s, output=output, rows=rows)
+    write_results(path, shlex.join(command), exit_code=code, wall_s=wall_s, output=output, rows=rows)
     if rows:
         plot_loss({" ".join(command): rows}, path.with_suffix(".png"), json.loads(path.read_text())["hardware"])
 
