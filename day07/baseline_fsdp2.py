@@ -5,8 +5,8 @@ From the repository root, on two CPU processes or two GPUs:
     deepspeed --num_accelerators 2 day07/baseline_fsdp2.py
     deepspeed --num_accelerators 2 day07/baseline_fsdp2.py --ddp
 
-Expect the losses of day07/train.py's recipe; compare.py measures these two beside DeepSpeed's stages in one run.
-Checked with torch 2.13.0. Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+Expect the losses of day07/train.py; compare.py measures both beside DeepSpeed's stages. Checked with torch 2.13.0.
+Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
 import argparse
@@ -53,10 +53,9 @@ def build_ddp(model: torch.nn.Module, lr: float, bf16: bool):
     """Each rank holds everything in fp32; bf16 means autocast. Return (train_step(batch) -> loss, optimizer)."""
     wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, **ADAMW)
-    device_type = next(model.parameters()).device.type
 
     def forward(batch: dict) -> torch.Tensor:
-        with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=bf16):
             return wrapped(**batch).loss
 
     return make_train_step(forward, model, optimizer), optimizer
@@ -112,6 +111,7 @@ def main() -> None:
         log.step(step, train_step(batch), tokens=batch["input_ids"].numel())
     log.held_out(args.steps, held_out_loss(model, held_out_blocks, device))
     log.close()
+    del train_step  # and with it DDP, before the group: as its last holder, DDP can deadlock on gloo (torch 2.13)
     dist.destroy_process_group()
 
 

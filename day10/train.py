@@ -97,6 +97,7 @@ def main() -> None:
     log.close()
     counted = f"{engine.micro_steps} micro-batches a rank | {engine.global_steps} updates"  # DeepSpeed:
     print0(f"engine: {counted} | {engine.global_samples:,} sequences of all ranks")  # DeepSpeed:
+    # PyTorch: del ddp  # before the group: as its last holder, DDP can deadlock on gloo (torch 2.13)
     torch.distributed.destroy_process_group()
 
 
