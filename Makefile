@@ -59,6 +59,6 @@ lint: $(STAMP)  ## ruff check and ruff format --check
 render: $(STAMP)  ## bring the generated blocks of the notes (diffs, tables, outputs) up to date
 	$(BIN)/python -m tests.render
 
-results: $(STAMP)  ## measure the notes' figures again on this machine (LABEL=h100 names the files), then render
-	PATH="$(CURDIR)/$(BIN):$$PATH" ./measure.sh $(LABEL) $(RANKS)
+results: $(STAMP)  ## measure the notes' figures again on this machine (LABEL=h100 names the files, DAYS="day05 day12" some)
+	PATH="$(CURDIR)/$(BIN):$$PATH" ./measure.sh $(LABEL) $(RANKS) $(DAYS)
 	$(BIN)/python -m tests.render

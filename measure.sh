@@ -1,103 +1,138 @@
 #!/usr/bin/env bash
-# Measure the notes' figures on this machine: measure.sh LABEL RANKS, with `python` and `deepspeed` on the PATH.
-# `make results` calls it; the files it writes are named after LABEL (2cpu, h100, 2xh200).
+# Measure the notes' figures on this machine: measure.sh LABEL RANKS [DAY...], with `python` and `deepspeed` on the PATH.
+# `make results` calls it; the files it writes are named after LABEL (2cpu, h100, 2xh200). No DAY means all of them.
 set -eu
 label=$1 ranks=$2
+shift 2
+gpu=$(nvidia-smi >/dev/null 2>&1 && echo yes || true)
 record() { python -m tests.record "$@"; }
+launch() { deepspeed --num_accelerators "$ranks" "$@"; }
 
-record "day01/results/check_env_$label.json" python day01/check_env.py
-record "day01/results/train_$label.json" python day01/train.py
-record "day01/results/hello_$label.json" deepspeed --num_accelerators "$ranks" day01/hello_distributed.py
-record "day02/results/train_$label.json" deepspeed --num_accelerators "$ranks" day02/train.py
-record "day03/results/train_$label.json" deepspeed --num_accelerators "$ranks" day03/train.py \
-    --deepspeed_config day03/ds_config_cosine.json
-
-mkdir -p day03/results day04/results
-compare=(python day03/compare.py --ranks "$ranks" --run_dir "runs/results/day03_$label")
-if nvidia-smi >/dev/null 2>&1; then # precision is a GPU's subject, and takes a model that keeps it busy
-    compare+=(--model gpt2 --steps 100 --configs)
-    for name in "" _fused_adam _bf16 _fp16 _autocast; do compare+=("day03/ds_config$name.json"); done
-fi
-"${compare[@]}"
-cp "runs/results/day03_$label/compare.json" "day03/results/compare_$label.json"
-for plot in loss speed; do cp "runs/results/day03_$label/$plot.png" "day03/results/${plot}_$label.png"; done
-
-record "day04/results/train_$label.json" deepspeed --num_accelerators "$ranks" day04/train.py \
-    --steps 100 --set zero_optimization.stage=2 gradient_accumulation_steps=2
-printf '{"train_micro_batch_size_per_gpu": 8, "gradient_cliping": 0.5, "stage": 2}\n' >my.json
-record --fails "day04/results/check_$label.json" python config/check.py my.json
-rm my.json
-python day04/tune.py --ranks "$ranks" --run_dir "runs/results/day04_$label"
-cp "runs/results/day04_$label/tune.json" "day04/results/tune_$label.json"
-cp "runs/results/day04_$label/speed.png" "day04/results/tune_$label.png"
-
-mkdir -p day05/results day06/results day07/results
-record "day05/results/train_$label.json" deepspeed --num_accelerators "$ranks" day05/train.py
-record "day05/results/train_bf16_$label.json" deepspeed --num_accelerators "$ranks" day05/train.py \
-    --deepspeed_config day05/ds_config_bf16.json
-record "day06/results/train_$label.json" deepspeed --num_accelerators "$ranks" day06/train.py
-record "day06/results/train_zero1_$label.json" deepspeed --num_accelerators "$ranks" day06/train.py \
-    --deepspeed_config day06/ds_config_zero1.json
-record "day07/results/train_$label.json" deepspeed --num_accelerators "$ranks" day07/train.py
+keep() { # keep FOLDER DAY NAME TABLE: a run's TABLE.json and its plots become DAY/results/NAME_LABEL.json and .png
+    cp "$1/$4.json" "$2/results/$3_$label.json"
+    for plot in "$1"/*.png; do cp "$plot" "$2/results/$3_$(basename "$plot" .png)_$label.png"; done
+}
 
 compare() { # compare DAY NAME FLAGS...: run its compare.py, keep the table and the plots
     local day=$1 name=$2 folder="runs/results/$1_$2_$label"
     shift 2
-    deepspeed --num_accelerators "$ranks" "$day/compare.py" "$@" --run_dir "$folder"
-    cp "$folder/compare.json" "$day/results/${name}_$label.json"
-    for plot in "$folder"/*.png; do cp "$plot" "$day/results/${name}_$(basename "$plot" .png)_$label.png"; done
+    launch "$day/compare.py" "$@" --run_dir "$folder"
+    keep "$folder" "$day" "$name" compare
 }
-compare day06 compare
-compare day07 compare
-compare day07 compare_mini --model mini --global_batch 4 --steps 12 --cases ddp fsdp2 zero0 zero1 zero2 zero3 zero3_tight
-compare day07 compare_bf16 --bf16 --cases ddp fsdp2 zero1 zero2 zero3
 
-mkdir -p day10/results day11/results day12/results
-record "day10/results/train_$label.json" deepspeed --num_accelerators "$ranks" day10/train.py
-record "day10/results/timeline_$label.json" deepspeed --num_accelerators "$ranks" day10/timeline.py
-compare day10 compare
-compare day10 compare_sgd --deepspeed_config day10/ds_config_sgd.json --stages 0 1 2 3
-rm day10/results/compare_sgd_*_"$label.png" # the notes draw the first table alone
-folder="runs/results/day10_scaling_$label"
-deepspeed --num_accelerators "$ranks" day10/scaling.py --run_dir "$folder"
-cp "$folder/scaling.json" "day10/results/scaling_$label.json"
-cp "$folder/loss.png" "day10/results/scaling_loss_$label.png"
+day01() {
+    record "day01/results/check_env_$label.json" python day01/check_env.py
+    record "day01/results/train_$label.json" python day01/train.py
+    record "day01/results/hello_$label.json" deepspeed --num_accelerators "$ranks" day01/hello_distributed.py
+}
 
-record "day11/results/train_$label.json" deepspeed --num_accelerators "$ranks" day11/train.py
-for lab in look overflow underflow missing_bits; do
-    record "day11/results/${lab}_$label.json" deepspeed --num_accelerators "$ranks" "day11/$lab.py"
+day02() {
+    record "day02/results/train_$label.json" deepspeed --num_accelerators "$ranks" day02/train.py
+}
+
+day03() {
+    record "day03/results/train_$label.json" deepspeed --num_accelerators "$ranks" day03/train.py \
+        --deepspeed_config day03/ds_config_cosine.json
+    local compare=(python day03/compare.py --ranks "$ranks" --run_dir "runs/results/day03_$label")
+    if [ "$gpu" ]; then # precision is a GPU's subject, and takes a model that keeps it busy
+        compare+=(--model gpt2 --steps 100 --configs)
+        for name in "" _fused_adam _bf16 _fp16 _autocast; do compare+=("day03/ds_config$name.json"); done
+    fi
+    "${compare[@]}"
+    cp "runs/results/day03_$label/compare.json" "day03/results/compare_$label.json"
+    for plot in loss speed; do cp "runs/results/day03_$label/$plot.png" "day03/results/${plot}_$label.png"; done
+}
+
+day04() {
+    record "day04/results/train_$label.json" deepspeed --num_accelerators "$ranks" day04/train.py \
+        --steps 100 --set zero_optimization.stage=2 gradient_accumulation_steps=2
+    printf '{"train_micro_batch_size_per_gpu": 8, "gradient_cliping": 0.5, "stage": 2}\n' >my.json
+    record --fails "day04/results/check_$label.json" python config/check.py my.json
+    rm my.json
+    python day04/tune.py --ranks "$ranks" --run_dir "runs/results/day04_$label"
+    cp "runs/results/day04_$label/tune.json" "day04/results/tune_$label.json"
+    cp "runs/results/day04_$label/speed.png" "day04/results/tune_$label.png"
+}
+
+day05() {
+    record "day05/results/train_$label.json" deepspeed --num_accelerators "$ranks" day05/train.py
+    record "day05/results/train_bf16_$label.json" deepspeed --num_accelerators "$ranks" day05/train.py \
+        --deepspeed_config day05/ds_config_bf16.json
+}
+
+day06() {
+    record "day06/results/train_$label.json" deepspeed --num_accelerators "$ranks" day06/train.py
+    record "day06/results/train_zero1_$label.json" deepspeed --num_accelerators "$ranks" day06/train.py \
+        --deepspeed_config day06/ds_config_zero1.json
+    compare day06 compare
+}
+
+day07() {
+    record "day07/results/train_$label.json" deepspeed --num_accelerators "$ranks" day07/train.py
+    compare day07 compare
+    compare day07 compare_mini --model mini --global_batch 4 --steps 12 \
+        --cases ddp fsdp2 zero0 zero1 zero2 zero3 zero3_tight
+    compare day07 compare_bf16 --bf16 --cases ddp fsdp2 zero1 zero2 zero3
+}
+
+day10() {
+    record "day10/results/train_$label.json" deepspeed --num_accelerators "$ranks" day10/train.py
+    record "day10/results/timeline_$label.json" deepspeed --num_accelerators "$ranks" day10/timeline.py
+    compare day10 compare
+    compare day10 compare_sgd --deepspeed_config day10/ds_config_sgd.json --stages 0 1 2 3
+    rm day10/results/compare_sgd_*_"$label.png" # the notes draw the first table alone
+    launch day10/scaling.py --run_dir "runs/results/day10_scaling_$label"
+    keep "runs/results/day10_scaling_$label" day10 scaling scaling
+}
+
+day11() {
+    record "day11/results/train_$label.json" deepspeed --num_accelerators "$ranks" day11/train.py
+    for lab in look overflow underflow missing_bits; do
+        record "day11/results/${lab}_$label.json" deepspeed --num_accelerators "$ranks" "day11/$lab.py"
+    done
+    compare day11 compare --steps 60
+    compare day11 compare_traps --steps 20 --cases fp32 bf16_zero0 fp16_zero0 autocast_fp16_zero1
+}
+
+day12() {
+    record "day12/results/train_$label.json" deepspeed --num_accelerators "$ranks" day12/train.py
+    record "day12/results/resources_$label.json" \
+        python day12/resources.py "$(ls -d runs/day12/2* | tail -1)" --measure
+    local folder="runs/results/day12_memory_$label"
+    launch day12/memory.py --run_dir "$folder"
+    cp "$folder/memory.json" "day12/results/memory_$label.json"
+    cp "$folder/memory.png" "day12/results/memory_$label.png"
+    launch day12/memory.py --recompute --loss_chunks 8 --run_dir "${folder}_cured"
+    cp "${folder}_cured/memory.json" "day12/results/memory_cured_$label.json"
+    cp "${folder}_cured/memory.png" "day12/results/memory_cured_$label.png"
+    python day12/oom.py --ranks "$ranks" --run_dir "runs/results/day12_oom_$label"
+    keep "runs/results/day12_oom_$label" day12 oom oom
+}
+
+day17() {
+    rm -rf runs/day17/mine
+    record "day17/results/train_$label.json" \
+        deepspeed --num_accelerators "$ranks" day17/train.py --run_dir runs/day17/mine
+    launch day17/compare.py --run_dir "runs/results/day17_$label"
+    cp "runs/results/day17_$label/compare.json" "day17/results/compare_$label.json"
+}
+
+day18() {
+    rm -rf runs/day18/mine runs/day18/drill
+    for part in "first 30" "train 60"; do # a run of 30 steps, and the same one continued to 60
+        read -r name steps <<<"$part"
+        record "day18/results/${name}_$label.json" deepspeed --num_accelerators "$ranks" day18/train.py \
+            --run_dir runs/day18/mine --steps "$steps"
+    done
+    record "day18/results/convert_$label.json" python day18/convert.py runs/day18/mine/checkpoints
+    record "day18/results/one_rank_1${label#"$ranks"}.json" deepspeed --num_accelerators 1 day18/train.py \
+        --run_dir runs/day18/mine --steps 80
+    record "day18/results/export_$label.json" python day18/export.py runs/day18/mine/checkpoints runs/day18/mine/model
+    record "day18/results/supervise_$label.json" python day18/supervise.py --drill kill \
+        "deepspeed --num_accelerators $ranks day18/train.py --run_dir runs/day18/drill --steps 30"
+}
+
+for day in ${*:-$(ls -d day??)}; do
+    mkdir -p "$day/results"
+    "$day"
 done
-compare day11 compare --steps 60
-compare day11 compare_traps --steps 20 --cases fp32 bf16_zero0 fp16_zero0 autocast_fp16_zero1
-
-record "day12/results/train_$label.json" deepspeed --num_accelerators "$ranks" day12/train.py
-record "day12/results/resources_$label.json" python day12/resources.py "$(ls -d runs/day12/2* | tail -1)" --measure
-folder="runs/results/day12_memory_$label"
-deepspeed --num_accelerators "$ranks" day12/memory.py --run_dir "$folder"
-cp "$folder/memory.json" "day12/results/memory_$label.json"
-cp "$folder/memory.png" "day12/results/memory_$label.png"
-deepspeed --num_accelerators "$ranks" day12/memory.py --recompute --loss_chunks 8 --run_dir "${folder}_cured"
-cp "${folder}_cured/memory.json" "day12/results/memory_cured_$label.json"
-cp "${folder}_cured/memory.png" "day12/results/memory_cured_$label.png"
-folder="runs/results/day12_oom_$label"
-python day12/oom.py --ranks "$ranks" --run_dir "$folder"
-cp "$folder/oom.json" "day12/results/oom_$label.json"
-for plot in peak speed; do cp "$folder/$plot.png" "day12/results/oom_${plot}_$label.png"; done
-
-mkdir -p day17/results day18/results
-rm -rf runs/day17/mine runs/day18/mine runs/day18/drill
-record "day17/results/train_$label.json" deepspeed --num_accelerators "$ranks" day17/train.py --run_dir runs/day17/mine
-folder="runs/results/day17_$label"
-deepspeed --num_accelerators "$ranks" day17/compare.py --run_dir "$folder"
-cp "$folder/compare.json" "day17/results/compare_$label.json"
-for part in "first 30" "train 60"; do # a run of 30 steps, and the same one continued to 60
-    read -r name steps <<<"$part"
-    record "day18/results/${name}_$label.json" deepspeed --num_accelerators "$ranks" day18/train.py \
-        --run_dir runs/day18/mine --steps "$steps"
-done
-record "day18/results/convert_$label.json" python day18/convert.py runs/day18/mine/checkpoints
-record "day18/results/one_rank_1${label#"$ranks"}.json" deepspeed --num_accelerators 1 day18/train.py \
-    --run_dir runs/day18/mine --steps 80
-record "day18/results/export_$label.json" python day18/export.py runs/day18/mine/checkpoints runs/day18/mine/model
-record "day18/results/supervise_$label.json" python day18/supervise.py --drill kill \
-    "deepspeed --num_accelerators $ranks day18/train.py --run_dir runs/day18/drill --steps 30"

@@ -95,3 +95,8 @@ def test_make_runs_every_day(day):
 def test_make_names_the_days_there_are():
     run = subprocess.run(["make", "day99"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode != 0 and "day99 is not in the course yet; there are: day01 day02" in run.stdout
+
+
+def test_every_day_can_be_measured_again():
+    text = (ROOT / "measure.sh").read_text()
+    assert {script.parent.name for script in SCRIPTS} == set(re.findall(r"^(day\d\d)\(\) \{$", text, re.M))
