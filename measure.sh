@@ -73,6 +73,15 @@ day07() {
     compare day07 compare_mini --model mini --global_batch 4 --steps 12 \
         --cases ddp fsdp2 zero0 zero1 zero2 zero3 zero3_tight
     compare day07 compare_bf16 --bf16 --cases ddp fsdp2 zero1 zero2 zero3
+    [ "$gpu" ] || return 0 # models that fill GPUs, and the ladder of speed
+    local large=(--bf16 --recompute --buckets 100000000)
+    compare day07 compare_xl --model gpt2-xl --global_batch $((8 * ranks)) "${large[@]}" --steps 8
+    compare day07 compare_8b --model gpt-8b --global_batch $((2 * ranks)) "${large[@]}" --steps 7 \
+        --cases zero3_leaf zero2 zero1 ddp fsdp2
+    launch day07/speed.py --model gpt2-xl --cases fsdp2 zero2 leaf tuned --micro_batch 8 24 --steps 9 --window 3 \
+        --run_dir "runs/results/day07_speed_$label"
+    cp "runs/results/day07_speed_$label/speed.json" "day07/results/speed_$label.json"
+    cp "runs/results/day07_speed_$label/speed.png" "day07/results/speed_$label.png"
 }
 
 day10() {
@@ -80,9 +89,11 @@ day10() {
     record "day10/results/timeline_$label.json" deepspeed --num_accelerators "$ranks" day10/timeline.py
     compare day10 compare
     compare day10 compare_sgd --deepspeed_config day10/ds_config_sgd.json --stages 0 1 2 3
-    rm day10/results/compare_sgd_*_"$label.png" # the notes draw the first table alone
+    rm -f day10/results/compare_sgd_*_"$label.png" # the notes draw the first table alone
     launch day10/scaling.py --run_dir "runs/results/day10_scaling_$label"
     keep "runs/results/day10_scaling_$label" day10 scaling scaling
+    [ "$gpu" ] || return 0
+    compare day10 compare --model gpt2 --global_batch 64 --accumulations 1 2 4 8 16 --bf16
 }
 
 day11() {
@@ -92,6 +103,9 @@ day11() {
     done
     compare day11 compare --steps 60
     compare day11 compare_traps --steps 20 --cases fp32 bf16_zero0 fp16_zero0 autocast_fp16_zero1
+    [ "$gpu" ] || return 0
+    compare day11 compare --model gpt2 --global_batch 8
+    record "day11/results/overflow_$label.json" deepspeed --num_accelerators "$ranks" day11/overflow.py --model gpt2
 }
 
 day12() {
@@ -107,6 +121,16 @@ day12() {
     cp "${folder}_cured/memory.png" "day12/results/memory_cured_$label.png"
     python day12/oom.py --ranks "$ranks" --run_dir "runs/results/day12_oom_$label"
     keep "runs/results/day12_oom_$label" day12 oom oom
+    [ "$gpu" ] || return 0
+    record "day12/results/gpt2_$label.json" deepspeed --num_accelerators "$ranks" day12/train.py \
+        --model gpt2 --deepspeed_config day12/ds_config_gpt2.json --steps 600 --save_every 100000
+    python day12/oom.py --ranks "$ranks" --model gpt2-medium --micro_batch 8 --steps 6 --run_dir "runs/results/day12_oom_$label"
+    keep "runs/results/day12_oom_$label" day12 oom oom
+    folder="runs/results/day12_speed_$label"
+    deepspeed --num_accelerators 1 day12/speed.py --model gpt2 --batch_size 32 --steps 200 --window 10 --turns 12 \
+        --profile hf lean no_average torch --run_dir "$folder"
+    cp "$folder/speed.json" "day12/results/speed_$label.json"
+    cp "$folder/speed.png" "day12/results/speed_$label.png"
 }
 
 day17() {
