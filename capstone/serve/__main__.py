@@ -1,0 +1,197 @@
+"""Serve an exported model: `transformers serve` on a port of this machine only, the gateway before it. Day 28.
+
+    export CAPSTONE_API_KEY=$(python -c "import secrets; print(secrets.token_urlsafe(32))")
+    python -m capstone.serve runs/capstone/tiny/export
+    python -m capstone.serve runs/capstone/tiny/export --backend http://127.0.0.1:8001
+
+Expect one line when it is ready; then http://127.0.0.1:8000 is a chat page, and any OpenAI client works. SIGTERM or
+Ctrl-C drains: /ready says 503 at once, answers under way are finished, exit code 0. With --backend it uses a server
+that runs already, vLLM for example. Sources: transformers 5.20, cli/serve.py; uvicorn 0.54, server.py.
+"""
+
+import argparse
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import uvicorn
+from transformers import AutoTokenizer
+
+from capstone.serve.gateway import Gateway, Limits
+from common.errors import UserError, clear_errors
+from common.run_log import show_path
+from day17.checkpoints import problem_with, read_manifest
+
+START_S, STOP_S = 120, 10
+LAUNCHER = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "CROSS_RANK",
+    "CROSS_SIZE",
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder that capstone.export wrote")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on")
+    parser.add_argument("--backend", help="address of a model server that runs already (default: start one)")
+    parser.add_argument("--device", default="auto", help="of the model server: auto, cpu, cuda:0")
+    parser.add_argument("--max_tokens", type=int, default=Limits.max_tokens, help="most tokens of an answer")
+    parser.add_argument("--max_body_bytes", type=int, default=Limits.max_body_bytes, help="largest request")
+    parser.add_argument("--requests_per_minute", type=int, default=Limits.requests_per_minute, help="of one key")
+    parser.add_argument("--max_in_flight", type=int, default=Limits.max_in_flight, help="requests at the same time")
+    parser.add_argument("--drain_s", type=float, default=5, help="seconds between SIGTERM and closing the door")
+    parser.add_argument("--grace_s", type=int, default=60, help="seconds that answers under way have after that")
+    return parser.parse_args()
+
+
+def api_keys() -> list[str]:
+    """From the environment, so that no key stands in a command line or a file of this repository."""
+    keys = [key.strip() for key in os.environ.get("CAPSTONE_API_KEY", "").split(",") if key.strip()]
+    if not keys:
+        raise UserError("CAPSTONE_API_KEY is not set: give it one key, or two with a comma while you change them")
+    if short := [key for key in keys if len(key) < 16]:
+        raise UserError(f"CAPSTONE_API_KEY has a key of {len(short[0])} characters: 16 are the least")
+    return keys
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # Linux: a killed gateway takes its model server along
+
+
+@contextmanager
+def model_server(model: Path, device: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """Start `transformers serve` with this one model, on a free port that only this machine reaches; end it after."""
+    port = free_port()
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model), "--device", device]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
+    env = {name: value for name, value in os.environ.items() if name not in LAUNCHER and name != "CAPSTONE_API_KEY"}
+    env |= {"HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(  # a session of its own: Ctrl-C is the gateway's business
+        command, env=env, stdout=subprocess.DEVNULL, start_new_session=True, preexec_fn=end_with_parent
+    )
+    try:
+        wait_until_up(f"http://127.0.0.1:{port}", process)
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def wait_until_up(url: str, process: subprocess.Popen) -> None:
+    ends = time.monotonic() + START_S
+    while time.monotonic() < ends:
+        if process.poll() is not None:
+            raise UserError(f"the model server ended with exit code {process.returncode}: its message stands above")
+        try:
+            if httpx2.get(f"{url}/health", timeout=2, trust_env=False).status_code == 200:
+                return
+        except httpx2.HTTPError:
+            time.sleep(0.2)
+    raise UserError(f"the model server was not up after {START_S} s")
+
+
+class Server(uvicorn.Server):
+    """A uvicorn that drains: after SIGTERM not ready, but open for `drain_s`, then closed, then done."""
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway, drain_s: float) -> None:
+        super().__init__(config)
+        self.gateway, self.drain_s, self.closes = gateway, drain_s, None
+
+    def handle_exit(self, number: int, frame: object) -> None:
+        if self.closes is not None:  # a second time: at once
+            self.should_exit = self.force_exit = True
+        self.gateway.draining, self.closes = True, time.monotonic() + self.drain_s
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or (self.closes is not None and time.monotonic() >= self.closes)
+
+
+def serve(args: argparse.Namespace, backend: str, process: subprocess.Popen | None) -> int:
+    tokenizer, name = (
+        AutoTokenizer.from_pretrained(args.model, local_files_only=True),
+        read_manifest(args.model)["model"],
+    )
+    limits = Limits(args.max_body_bytes, args.max_tokens, args.requests_per_minute, args.max_in_flight)
+    gateway = Gateway(backend, str(args.model), name, tokenizer, api_keys(), limits)
+    config = uvicorn.Config(
+        gateway.app, args.host, args.port, log_level="warning", access_log=False, server_header=False,
+        timeout_graceful_shutdown=args.grace_s, limit_concurrency=4 * args.max_in_flight + 64,
+    )  # fmt: skip
+    server = Server(config, gateway, args.drain_s)
+
+    def watch() -> None:
+        """Without its model server a gateway is of no use: end, with 1, so that whoever supervises it starts both."""
+        process.wait()
+        if server.closes is None:
+            print(f"serve: the model server ended with exit code {process.returncode}", file=sys.stderr, flush=True)
+            server.lost = server.should_exit = True
+
+    server.lost = False
+    if process:
+        threading.Thread(target=watch, daemon=True).start()
+    print(
+        f"serve: {name} at http://{args.host}:{args.port} | {show_path(args.model)} | model server {backend}",
+        flush=True,
+    )
+    server.run()
+    print(f"serve: {'drained' if not server.lost else 'stopped'}", flush=True)
+    return int(server.lost)
+
+
+def main() -> None:
+    args = parse_args()
+    api_keys()  # what a user can get wrong, before a model is loaded
+    for name in ("max_tokens", "max_body_bytes", "requests_per_minute", "max_in_flight"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} would refuse every request: take 1 or more")
+    if not 0 < args.port < 2**16:
+        raise UserError(f"--port {args.port}: ports are 1 to 65535")
+    if args.backend and not args.backend.startswith(("http://", "https://")):
+        raise UserError(f"--backend {args.backend}: want an address such as http://127.0.0.1:8001")
+    if problem := problem_with(args.model):
+        raise UserError(f"{show_path(args.model)}: {problem}: python -m capstone.export RUN {show_path(args.model)}")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((args.host, args.port))
+        except OSError as error:
+            raise UserError(
+                f"cannot listen on {args.host}:{args.port} ({error.strerror}): choose another --port"
+            ) from None
+    if args.backend:
+        sys.exit(serve(args, args.backend, None))
+    with model_server(args.model.resolve(), args.device) as (backend, process):
+        args.model = args.model.resolve()
+        code = serve(args, backend, process)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()

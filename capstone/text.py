@@ -1,0 +1,191 @@
+"""What prepare.py does to a document: read, clean, sign for deduplication. Pure functions and one dictionary. Day 25.
+
+MinHash and its banding are numpy here, not the datasketch library: signatures and band keys must lie on disk as
+arrays, for a few bytes a document; datasketch 2.0 keeps an LSH index of Python objects in memory, and needs SciPy.
+Sources: Broder 1997, On the resemblance and containment of documents; Leskovec, Rajaraman, Ullman, Mining of Massive
+Datasets, chapter 3; Lee et al. 2022 (arXiv:2107.06499) on why deduplicating makes language models better.
+"""
+
+import gzip
+import hashlib
+import json
+import lzma
+import re
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+
+# --- read: (text or None, bytes of the source read so far), one after another, never a whole source in memory ---
+
+OPENERS = {".xz": lzma.open, ".gz": gzip.open}
+LINES, PLAIN = (".jsonl", ".json"), (".txt", ".md")
+MAX_FILE_DOCUMENT = 64 * 2**20
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, int]]:
+    try:
+        with open(path, "rb") as raw, OPENERS.get(path.suffix, lambda file: file)(raw) as lines:
+            for line in lines:
+                yield line.decode("utf-8", errors="replace"), raw.tell()
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged, or not a {path.suffix} file at all: {error}") from None
+
+
+def read_file(path: Path, text_key: str, documents: str) -> Iterator[tuple[str | None, int]]:
+    """Yield the documents of a file; None for a line that is no JSON object with a text."""
+    kind = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
+    if kind in LINES:
+        for line, at in read_lines(path):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)[text_key]
+            except (ValueError, KeyError, TypeError):
+                text = None
+            yield text if isinstance(text, str) else None, at
+    elif documents == "paragraph":
+        paragraph = []
+        for line, at in read_lines(path):
+            if line.strip():
+                paragraph.append(line)
+            elif paragraph:
+                yield "".join(paragraph), at
+                paragraph = []
+        if paragraph:
+            yield "".join(paragraph), path.stat().st_size
+    else:
+        text, at = [], 0
+        for line, at in read_lines(path):
+            text.append(line)
+            if at > MAX_FILE_DOCUMENT:
+                raise UserError(f"{path} is one document of more than 64 MiB: data.text_documents=paragraph cuts it")
+        yield "".join(text), at
+
+
+# --- clean: rules in order, each counted by name ---
+
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff\ufffd]")  # \t \n stay, so do joiners
+BLANKS = re.compile(r"[ \t\u00a0\u3000]*\n|[ \t\u00a0\u3000]{2,}")
+MANY_LINES = re.compile(r"\n{3,}")
+
+
+def one_blank(found: re.Match) -> str:
+    return "\n" if found[0].endswith("\n") else " "
+
+
+RULES = (
+    ("unicode_nfc", lambda text: unicodedata.normalize("NFC", text)),
+    ("line_ends", lambda text: text.replace("\r\n", "\n").replace("\r", "\n")),
+    ("control_characters", lambda text: CONTROL.sub("", text)),
+    ("whitespace", lambda text: MANY_LINES.sub("\n\n", BLANKS.sub(one_blank, text)).strip()),
+)  # fmt: skip
+
+
+def clean(text: str, min_chars: int, min_letters: float, counts: Counter) -> str | None:
+    """Return the text as it is kept, or None when it is dropped; `counts` learns what each rule changed or dropped."""
+    for name, rule in RULES:
+        changed = rule(text)
+        counts[f"changed_{name}"] += changed != text
+        text = changed
+    if len(text) < min_chars:
+        counts["dropped_short"] += 1
+        return None
+    if sum(map(str.isalpha, text)) < min_letters * len(re.sub(r"\s", "", text)):
+        counts["dropped_no_letters"] += 1
+        return None
+    return text
+
+
+# --- sign: an exact key, and a MinHash signature of which two documents share as large a part as of their shingles ---
+
+NUM_HASHES, BAND_ROWS, SHINGLE = 128, 4, 5  # 32 bands: a pair at 0.8 meets in one with probability 1 - 5e-8
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")  # Chinese and Japanese have no spaces: a character is a word
+_random = np.random.default_rng(20260125)
+MULTIPLY = _random.integers(0, 2**63, NUM_HASHES, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+ADD = _random.integers(0, 2**63, NUM_HASHES, dtype=np.uint64)
+
+
+def exact_key(text: str) -> bytes:
+    """16 bytes that are equal for documents that differ in case and spaces at most."""
+    return hashlib.sha256(" ".join(text.casefold().split()).encode()).digest()[:16]
+
+
+def split_of(key: bytes, held_out_share: float) -> str:
+    """Which part a document belongs to: by its own key alone, so that other documents cannot move it."""
+    return "held_out" if int.from_bytes(key[:8], "big") < held_out_share * 2**64 else "train"
+
+
+@lru_cache(maxsize=200_000)
+def word_hash(word: str) -> int:
+    return zlib.crc32(word.encode())
+
+
+def shingles(text: str) -> np.ndarray:
+    """One 64-bit number for each distinct run of five words."""
+    words = np.array([word_hash(word) for word in WORD.findall(text.casefold())], dtype=np.uint64)
+    if len(words) < SHINGLE:  # too short for one: the whole is the shingle
+        words = np.pad(words, (0, SHINGLE - len(words)))
+    mixed = np.zeros(len(words) - SHINGLE + 1, dtype=np.uint64)
+    for at in range(SHINGLE):
+        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + words[at : len(words) - SHINGLE + 1 + at]
+    for shift in (np.uint64(31), np.uint64(27)):  # spread over all bits, as splitmix64 does
+        mixed = (mixed ^ (mixed >> shift)) * np.uint64(0xBF58476D1CE4E5B9)
+    return np.unique(mixed)
+
+
+def signature(text: str) -> np.ndarray:
+    """128 numbers: for each of 128 hash functions, the smallest hash of a shingle."""
+    smallest = np.full(NUM_HASHES, np.iinfo(np.uint32).max, dtype=np.uint32)
+    numbers = shingles(text)
+    for part in np.array_split(numbers, -(-len(numbers) // 8192)):
+        hashed = (part[:, None] * MULTIPLY + ADD) >> np.uint64(32)  # multiply-shift hashing, 32 bits kept
+        smallest = np.minimum(smallest, hashed.min(axis=0).astype(np.uint32))
+    return smallest
+
+
+def similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Estimated Jaccard similarity of signatures (rows); its standard error is at most 0.044."""
+    return (one == other).mean(axis=-1)
+
+
+def duplicates(keys: np.ndarray, signatures: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return (exact, near): for each document whether an earlier one has its key, or is at least `threshold` similar.
+
+    Documents that meet in a band are compared by their whole signatures, each with the first one and the one before it
+    in the bucket; of each group found so, the first one stays. A band at a time, so memory is ~50 bytes a document.
+    """
+    _, first = np.unique(keys.view("V16").ravel(), return_index=True)
+    exact = np.ones(len(keys), dtype=bool)
+    exact[first] = False
+    kept, group = np.flatnonzero(~exact), {}
+
+    def head(document: int) -> int:
+        while (above := group.get(document, document)) != document:
+            document = above
+        return document
+
+    for band in range(0, NUM_HASHES, BAND_ROWS):
+        bucket = np.zeros(len(kept), dtype=np.uint64)
+        for row in range(band, band + BAND_ROWS):
+            bucket = (bucket * np.uint64(0x9E3779B97F4A7C15)) ^ signatures[kept, row]
+        order = np.argsort(bucket, kind="stable")
+        starts = np.flatnonzero(np.r_[True, bucket[order][1:] != bucket[order][:-1]]) if len(order) else order
+        heads = np.repeat(starts, np.diff(np.r_[starts, len(order)]))
+        later = np.flatnonzero(heads != np.arange(len(order)))
+        for block in np.array_split(later, len(later) // 4096 + 1):
+            for others in (heads[block], block - 1):
+                a, b = kept[order[others]], kept[order[block]]
+                alike = similarity(signatures[a], signatures[b]) >= threshold
+                for one, other in zip(a[alike].tolist(), b[alike].tolist(), strict=True):
+                    low, high = sorted((head(one), head(other)))
+                    group[high] = low
+    near = np.zeros(len(keys), dtype=bool)
+    near[[document for document in group if head(document) != document]] = True
+    return exact, near

@@ -1,0 +1,80 @@
+"""Day 27, your turn: what an alert rule says, when it fires, and which of many trials won.
+
+Fill in the three TODOs, then check yourself (any number of ranks; each checks for itself):
+
+    deepspeed --num_accelerators 2 day27/exercise.py
+
+It says what is wrong, or "solved". The answers are in solution.py. Source: day27/notes.md.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ is one level up
+
+from common.errors import UserError, clear_errors
+from common.ranks import print0, require_launcher
+
+NAN = float("nan")
+
+
+def is_wrong(loss: float, last_hour: list[float]) -> str | None:
+    """Return "nan" for a loss that is NaN, "diverging" for one over 1.2 times the least of `last_hour`, else None."""
+    # TODO 1: comparisons with NaN are false, and `last_hour` may hold some: min() of a list with NaN is anything.
+    raise NotImplementedError
+
+
+def first_firing(is_true: list[bool], for_evaluations: int) -> int | None:
+    """Return the number of the evaluation at which an alert with `for:` fires, or None.
+
+    `is_true` has the expression's result at each evaluation. It fires at the first one at which the expression has been
+    true without a break for `for_evaluations` evaluations before this one: 0 means at once.
+    """
+    # TODO 2: one false evaluation, and the waiting starts anew.
+    raise NotImplementedError
+
+
+def fastest(trials: list[dict]) -> str | None:
+    """Return the settings with the highest median tokens/s of its trials that ended well; None if there are none.
+
+    A trial is {"settings": "...", "status": "ok" or what went wrong, "tokens_per_s": ...}, the last one only when ok.
+    """
+    # TODO 3: the median, not the best: one lucky trial wins otherwise.
+    raise NotImplementedError
+
+
+def check(is_wrong, first_firing, fastest) -> None:
+    """Try the three functions; UserError says what is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
+    parser.parse_args()
+    require_launcher()
+    try:
+        for loss, hour, want in (
+            (NAN, [3.0], "nan"), (3.5, [3.0, 4.0], None), (3.7, [3.0, 4.0], "diverging"),
+            (3.7, [NAN, 3.0], "diverging"), (3.7, [3.0, NAN], "diverging"), (3.7, [], None), (3.7, [NAN], None),
+        ):  # fmt: skip
+            if (found := is_wrong(loss, hour)) != want:
+                raise UserError(f"not yet: is_wrong({loss}, {hour}) is {want!r}, you have {found!r}.")
+        for text, wait, want in (("0010", 0, 2), ("0110", 2, None), ("0111", 2, 3), ("110111", 2, 5), ("000", 0, None)):
+            found = first_firing([letter == "1" for letter in text], wait)
+            if found != want or isinstance(found, bool):
+                raise UserError(f"not yet: {text} with for_evaluations={wait} fires at {want}, you have {found!r}.")
+        speeds = {"a": [900, 100, 110], "b": [200, 190, 210], "c": []}
+        trials = [
+            {"settings": s, "status": "ok", "tokens_per_s": speed} for s, found in speeds.items() for speed in found
+        ]
+        trials += [{"settings": "c", "status": "no memory"}, {"settings": "b", "status": "hung"}]
+        if (found := fastest(trials)) != "b":
+            raise UserError(f"not yet: the medians are a 110, b 200 and c none, so b is fastest; you have {found!r}.")
+        if (found := fastest(trials[-2:])) is not None:
+            raise UserError(f"not yet: no trial ended well, so there is no fastest; you have {found!r}.")
+    except NotImplementedError:
+        raise UserError("not yet: a TODO still raises NotImplementedError. Fill it in and run this again.") from None
+    print0("solved: a loss that is wrong, an alert that waits, and a winner by median")
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        check(is_wrong, first_firing, fastest)

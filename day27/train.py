@@ -1,0 +1,88 @@
+"""Day 27: the watched training - capstone training with its metrics on, and faults on request for the alerts to notice.
+
+From the repository root, on two CPU processes or two GPUs:
+
+    deepspeed --num_accelerators 2 day27/train.py
+    deepspeed --num_accelerators 2 day27/train.py --fault nan@10 --run_dir runs/day27/broken
+    python day27/watch.py --fault nan@20
+
+Expect training as on day 26, and at the end what the endpoints of all ranks say: that is all an alert rule ever sees.
+watch.py starts this program under a real Prometheus. Checked with deepspeed 0.19.8. Source: capstone/train.py
+"""
+
+import argparse
+import os
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
+
+from capstone import train as capstone
+from capstone.config import TINY, Config, load_config
+from common.errors import clear_errors
+from common.ranks import print0, require_launcher
+from common.run_log import default_run_dir, show_path
+from day27.faults import Faults, read_faults
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON config")  # without it, the section of --config
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps (not micro-batches)")
+    parser.add_argument("--log_every", type=int, default=25, help="optimizer steps between two log lines")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
+    parser.add_argument("--run_dir", default=default_run_dir("day27"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--config", default=TINY, help="YAML config of the project")
+    parser.add_argument("--port", type=int, default=9400, help="rank r serves its metrics at port + r")
+    parser.add_argument("--fault", nargs="+", default=[], metavar="NAME@SECONDS", help="of day27/faults.py")
+    parser.add_argument("--limit_gib", type=float, default=1.5, help="memory limit of a rank that the metrics report")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that go before the file's")
+    return parser.parse_intermixed_args()  # flags and overrides in any order
+
+
+def resolve(args: argparse.Namespace) -> Config:
+    """The config with what watching needs: endpoints, a data folder that runs share, and what a fault changes."""
+    values = {"deepspeed": args.deepspeed_config} if args.deepspeed_config else {}
+    values |= {"run_dir": show_path(args.run_dir), "data.folder": "runs/day27/data"}
+    values |= {"train.steps": args.steps, "train.log_every": args.log_every, "train.seed": args.seed}
+    values |= {"deepspeed.scheduler.params.total_num_steps": args.steps, "monitor.port": args.port}
+    values |= {"monitor.memory_limit_gib": args.limit_gib, "evaluate.items": 1}
+    if "no_checkpoint" in read_faults(args.fault):
+        values["checkpoint.save_every"] = 10**9
+    more = [f"{key}={value}" for key, value in values.items()]
+    return load_config(args.config, [*more, *args.overrides], int(os.environ["WORLD_SIZE"]))
+
+
+def main() -> None:
+    args = parse_args()
+    require_launcher()
+    config = resolve(args)
+    faults = Faults(read_faults(args.fault), config.run_path, config.monitor.memory_limit_gib * 2**30)
+    port, last_seen = config.monitor.port, {}
+
+    def on_step(step: int, engine, batch: dict) -> None:
+        """Before each forward pass: the faults, and near the end a look at what Prometheus would read."""
+        faults(step, engine, batch)
+        if step == config.train.steps and engine.global_rank == 0 and port:
+            for rank in range(engine.world_size):
+                with urllib.request.urlopen(f"http://127.0.0.1:{port + rank}/metrics", timeout=10) as page:
+                    last_seen[rank] = [
+                        line for line in page.read().decode().splitlines() if line.startswith("training_")
+                    ]
+
+    start = time.time()
+    capstone.run(config, on_step)
+    for rank, lines in last_seen.items():
+        print0(f"rank {rank} at http://127.0.0.1:{port + rank}/metrics, as Prometheus would read it:")
+        for line in lines:
+            print0(f"  {line}")
+    print0(f"watched {time.time() - start:.0f} s | faults: {' '.join(args.fault) or 'none'}")
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()
