@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure the notes' figures on this machine: measure.sh LABEL RANKS [DAY...], with `python` and `deepspeed` on the PATH.
+# Measure the notes' figures on this machine: measure.sh LABEL RANKS [DAY...], `python` and `deepspeed` on the PATH.
 # `make results` calls it; the files it writes are named after LABEL (2cpu, h100, 2xh200). No DAY means all of them.
 set -eu
 label=$1 ranks=$2
@@ -124,13 +124,48 @@ day12() {
     [ "$gpu" ] || return 0
     record "day12/results/gpt2_$label.json" deepspeed --num_accelerators "$ranks" day12/train.py \
         --model gpt2 --deepspeed_config day12/ds_config_gpt2.json --steps 600 --save_every 100000
-    python day12/oom.py --ranks "$ranks" --model gpt2-medium --micro_batch 8 --steps 6 --run_dir "runs/results/day12_oom_$label"
+    python day12/oom.py --ranks "$ranks" --model gpt2-medium --micro_batch 8 --steps 6 \
+        --run_dir "runs/results/day12_oom_$label"
     keep "runs/results/day12_oom_$label" day12 oom oom
     folder="runs/results/day12_speed_$label"
-    deepspeed --num_accelerators 1 day12/speed.py --model gpt2 --batch_size 32 --steps 200 --window 10 --turns 12 \
+    deepspeed --num_accelerators 1 day12/speed.py --model gpt2 --batch_size 32 --steps 40 --window 10 --turns 21 \
         --profile hf lean no_average torch --run_dir "$folder"
     cp "$folder/speed.json" "day12/results/speed_$label.json"
     cp "$folder/speed.png" "day12/results/speed_$label.png"
+}
+
+day15() {
+    record "day15/results/train_$label.json" deepspeed --num_accelerators "$ranks" day15/train.py
+    record "day15/results/schedule_$label.json" python day15/schedule.py
+    cp "$(ls -td runs/day15/*/schedule.png | head -1)" "day15/results/schedule_$label.png"
+    record "day15/results/instructions_$label.json" \
+        python day15/schedule.py --stages 2 --micro_batches 4 --schedules 1f1b --instructions
+    record "day15/results/send_$label.json" python day15/schedule.py --schedules 1f1b --send 0.25
+    record "day15/results/volume_$label.json" python day15/volume.py
+    record "day15/results/break_it_$label.json" deepspeed --num_accelerators "$ranks" day15/break_it.py
+    local folder="runs/results/day15_$label" stages=4 # its layers sleep: four CPU ranks do on two cores
+    [ -z "$gpu" ] || stages=$ranks
+    deepspeed --num_accelerators "$stages" day15/bubble.py --run_dir "$folder"
+    cp "$folder/bubble.json" "day15/results/bubble_$label.json"
+}
+
+day16() {
+    rm -rf runs/day16/mine
+    record "day16/results/train_$label.json" deepspeed --num_accelerators "$ranks" day16/train.py
+    record "day16/results/train_balanced_$label.json" deepspeed --num_accelerators "$ranks" day16/train.py \
+        --partition_method balanced --run_dir runs/day16/mine --save
+    record "day16/results/convert_$label.json" python day16/convert.py runs/day16/mine/pipeline runs/day16/mine/model
+    record "day16/results/last_batch_$label.json" deepspeed --num_accelerators "$ranks" day16/last_batch.py
+    local folder="runs/results/day16_$label"
+    launch day16/verify.py --run_dir "${folder}_verify"
+    cp "${folder}_verify/verify.json" "day16/results/verify_$label.json"
+    if [ -z "$gpu" ]; then # pipeline x data parallel
+        deepspeed --num_accelerators 4 day16/verify.py --stages 2 --run_dir "${folder}_2x2"
+        cp "${folder}_2x2/verify.json" "day16/results/verify_2x2_$label.json"
+    fi
+    launch day16/balance.py --run_dir "${folder}_balance"
+    keep "${folder}_balance" day16 balance balance
+    compare day16 compare
 }
 
 day17() {
@@ -154,6 +189,113 @@ day18() {
     record "day18/results/export_$label.json" python day18/export.py runs/day18/mine/checkpoints runs/day18/mine/model
     record "day18/results/supervise_$label.json" python day18/supervise.py --drill kill \
         "deepspeed --num_accelerators $ranks day18/train.py --run_dir runs/day18/drill --steps 30"
+}
+
+day22() {
+    record "day22/results/train_$label.json" deepspeed --num_accelerators "$ranks" day22/train.py
+    record "day22/results/train_hf_$label.json" deepspeed --num_accelerators "$ranks" day22/train_hf.py
+    record "day22/results/train_freeze_$label.json" deepspeed --num_accelerators "$ranks" day22/train.py \
+        --new_tokens 0 --freeze 15
+    record "day22/results/look_$label.json" python day22/look.py
+    local folder="runs/results/day22_$label"
+    launch day22/host_memory.py --run_dir "$folder"
+    cp "$folder/host_memory.json" "day22/results/host_memory_$label.json"
+    launch day22/host_memory.py --pretrained llama-300m --run_dir "${folder}_300m"
+    cp "${folder}_300m/host_memory.json" "day22/results/host_memory_300m_$label.json"
+    python day22/fits.py --run_dir "$folder"
+    cp "$folder/fits.json" "day22/results/fits_$label.json"
+}
+
+day23() {
+    rm -rf runs/day23/mine runs/day23/whale
+    local mine=runs/day23/mine whale=runs/day23/whale folder="runs/results/day23_$label"
+    record "day23/results/train_$label.json" deepspeed --num_accelerators "$ranks" day23/train.py --run_dir $mine
+    record "day23/results/merge_$label.json" python day23/merge.py $mine/adapter $mine/merged
+    record "day23/results/merge_bf16_$label.json" \
+        python day23/merge.py $mine/adapter $mine/merged_bf16 --dtype bfloat16
+    record "day23/results/whale_$label.json" deepspeed --num_accelerators "$ranks" day23/train.py \
+        --deepspeed_config day23/ds_config_zero3.json --dataset moby_dick --steps 8 --run_dir $whale
+    record "day23/results/generate_$label.json" \
+        python day23/generate.py chat=$mine/adapter whale=$whale/adapter
+    launch day23/frozen.py --run_dir "$folder"
+    cp "$folder/frozen.json" "day23/results/frozen_$label.json"
+    compare day23 compare
+    local speed=(--turns 6 --window 2)
+    [ -z "$gpu" ] || speed=(--bf16 --batch_size 32 --turns 20)
+    deepspeed --num_accelerators 1 day23/speed.py "${speed[@]}" --run_dir "$folder"
+    cp "$folder/speed.json" "day23/results/speed_1${label#"$ranks"}.json"
+}
+
+day25() {
+    rm -rf runs/capstone/tiny
+    record "day25/results/config_$label.json" python -m capstone.config capstone/configs/tiny.yaml
+    for name in train again; do # from nothing, and with everything done
+        record "day25/results/${name}_$label.json" deepspeed --num_accelerators "$ranks" day25/train.py
+    done
+    rm -f "day25/results/again_$label.png"
+    local folder="runs/results/day25_$label"
+    record "day25/results/budget_$label.json" \
+        python day25/budget.py --config capstone/configs/gpt2.yaml --run_dir runs/results/day25_budget
+    cp runs/results/day25_budget/budget.json day25/results/budget_gpt2.json
+    python day25/stream.py --run_dir "$folder"
+    cp "$folder/stream.json" "day25/results/stream_$label.json"
+    rm -rf "$folder"/data_*
+}
+
+day26() {
+    rm -rf runs/day26/mine runs/day26/one
+    record "day26/results/first_$label.json" deepspeed --num_accelerators "$ranks" day26/train.py \
+        --run_dir runs/day26/mine --stop_at 250
+    cp -r runs/day26/mine runs/day26/one
+    for name in train again; do
+        record "day26/results/${name}_$label.json" deepspeed --num_accelerators "$ranks" day26/train.py \
+            --run_dir runs/day26/mine
+    done
+    record "day26/results/one_rank_1${label#"$ranks"}.json" deepspeed --num_accelerators 1 day26/train.py \
+        --run_dir runs/day26/one
+    rm -f "day26/results/first_$label.png" "day26/results/again_$label.png" "day26/results/one_rank_1${label#"$ranks"}.png"
+    python day26/kill_test.py --run_dir "runs/results/day26_$label"
+    cp "runs/results/day26_$label/kill_test.json" "day26/results/kill_test_$label.json"
+    python day26/speed.py --ranks "$ranks" --turns 8 --run_dir "runs/results/day26_speed_$label"
+    cp "runs/results/day26_speed_$label/speed.json" "day26/results/speed_$label.json"
+}
+
+day27() {
+    rm -rf runs/day27/mine runs/day27/tuned runs/day27/systems runs/day27/numbers runs/day27/healthy
+    record "day27/results/train_$label.json" \
+        deepspeed --num_accelerators "$ranks" day27/train.py --run_dir runs/day27/mine
+    rm -f "day27/results/train_$label.png"
+    watched() { # watched NAME FLAGS...
+        local name=$1
+        shift
+        record "day27/results/${name}_$label.json" \
+            python day27/watch.py --run_dir "runs/day27/$name" "$@" --ranks "$ranks"
+        cp "runs/day27/$name/watch.json" "day27/results/watch_${name}_$label.json"
+    }
+    watched systems --fault no_checkpoint@0 memory@8 slow@20-33 stall@38-51 kill@66
+    watched numbers --fault overflow@10-24 diverge@26-40 nan@42
+    watched healthy --seconds 600
+    record "day27/results/tune_$label.json" python -m capstone.tune --config capstone/configs/tiny.yaml \
+        run_dir=runs/day27/tuned train.global_batch=64 --micro_batch 8 16 32 --stage 1 2 3 --offload none \
+        --bucket 500000 --limit_gib 0.2 --steps 4 --turns 3 --recompute no yes --exhaustive
+    cp runs/day27/tuned/tune/tune.json "day27/results/tuned_$label.json"
+}
+
+day28() {
+    rm -rf runs/day28/mine
+    for name in train again; do
+        record "day28/results/${name}_$label.json" deepspeed --num_accelerators "$ranks" day28/train.py \
+            --run_dir runs/day28/mine
+    done
+    rm -f "day28/results/train_$label.png" "day28/results/again_$label.png"
+    local folder="runs/results/day28_$label"
+    python day28/load.py runs/day28/mine/export --run_dir "$folder"
+    cp "$folder/load.json" "day28/results/load_$label.json"
+    cp "$folder/load.png" "day28/results/load_$label.png"
+    record "day28/results/cost_$label.json" python day28/cost.py "day28/results/load_$label.json" --max_p99_s 2
+    command -v chromium >/dev/null || return 0
+    python day28/screenshot.py runs/day28/mine/export --run_dir "$folder"
+    cp "$folder/page.png" "day28/results/page_$label.png"
 }
 
 for day in ${*:-$(ls -d day??)}; do

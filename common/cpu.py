@@ -1,4 +1,7 @@
-"""Let DeepSpeed start on CPU without a compiler. The one module of common/ that touches deepspeed."""
+"""Let DeepSpeed start without a compiler and end in peace on CPU. The one module of common/ that touches deepspeed."""
+
+import atexit
+import time
 
 import deepspeed
 
@@ -6,9 +9,9 @@ import deepspeed
 def start_without_compiler() -> None:
     """Leave CPU all-reduces to gloo. Call it before `deepspeed.initialize` or `init_distributed`; no effect on GPUs.
 
-    On CPU ranks that share a machine, DeepSpeed 0.19.8 builds `deepspeed_shm_comm` (g++ and ninja, over a minute)
-    and then leaves 66 MiB a rank in /dev/shm after each run. Marking the op as incompatible avoids both.
-    (The other build is FusedAdam's: `"torch_adam": true` in the optimizer's params avoids that one.)
-    Source: deepspeed/comm/torch.py, build_shm_op.
+    DeepSpeed 0.19.8 would build an op for a minute (comm/torch.py). At exit gloo's threads get 0.3 s: day 02, pitfalls.
     """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it leaves 66 MiB a rank in /dev/shm
+    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+        atexit.unregister(time.sleep)  # one wait, however often this is called
+        atexit.register(time.sleep, 0.3)

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # draw into files; no display needed
 import matplotlib.pyplot as plt
+
+plt.switch_backend("Agg")  # draw into files; no display needed
 
 
 def plot_loss(runs: dict[str, list[dict]], path: str | Path, title: str) -> None:
@@ -20,8 +19,10 @@ def plot_loss(runs: dict[str, list[dict]], path: str | Path, title: str) -> None
         (line,) = axes.plot(*zip(*train, strict=True), label=label)
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o", color=line.get_color())
-    axes.set(xlabel="optimizer step", ylabel="loss (nats a token); dots: held out", title=title)
-    _save(figure, axes, path)
+    dots = "; dots: held out" * (len(axes.lines) > len(runs))
+    axes.set(xlabel="optimizer step", ylabel=f"loss (nats a token){dots}", title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    save_plot(figure, axes, path)
 
 
 def plot_bars(values: dict[str, float], path: str | Path, title: str, unit: str) -> None:
@@ -32,10 +33,11 @@ def plot_bars(values: dict[str, float], path: str | Path, title: str, unit: str)
     axes.invert_yaxis()  # first label on top
     axes.margins(x=0.18)
     axes.set(xlabel=unit, title=title)
-    _save(figure, axes, path)
+    save_plot(figure, axes, path)
 
 
-def _save(figure, axes, path: str | Path) -> None:
+def save_plot(figure, axes, path: str | Path) -> None:
+    """Write one pair of axes, with grid and legend, into `path`."""
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[1]:
         axes.legend()

@@ -18,11 +18,9 @@ PACKAGES = ("deepspeed", "torch", "transformers")
 
 def machine() -> dict:
     """Return {"hardware": ..., "versions": ..., "date": ...} of this machine; no host name, no environment."""
-    cpu = platform.processor() or platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).exists() and (
-        found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())
-    ):
-        cpu = found[1].strip()
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    cpu = found[1].strip() if found else platform.processor() or platform.machine()
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

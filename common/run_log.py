@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from common.errors import UserError
 from common.ranks import over_ranks, print0
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +46,8 @@ class RunLog:
     """
 
     def __init__(self, run_dir: str, num_steps: int, log_every: int, device: torch.device) -> None:
+        if num_steps < 1 or log_every < 1:
+            raise UserError(f"--steps {num_steps} and --log_every {log_every}: both must be at least 1")
         self.run_dir, self.log_every, self.device = Path(run_dir), log_every, device
         self.is_writer = not dist.is_initialized() or dist.get_rank() == 0
         if self.is_writer:

@@ -477,7 +477,11 @@ def type_problem(node, value, lax, path):
     hint = ""
     if isinstance(value, Quoteless):
         hint = " (hjson reads unquoted text up to the end of the line, comma included)"
-    fix = f"Write {wants}{' (true and false are lower case in JSON)' if str(value)[:4] in ('True', 'Fals') else ''}."
+    fix = f"Write {wants}."
+    if isinstance(value, str) and value.startswith(("True", "False")):
+        fix = f"Write {wants} (true and false are lower case in JSON)."
+    elif (switch := {bool: "enabled", int: "stage"}.get(type(value))) in node.get("properties", {}):
+        fix = f'Write {{"{switch}": {shown}}}.'
     early = lax or "object" in allowed or path in STRICT_BOOLEANS
     when = "raises at initialize()" if early else "does not check it, and crashes or misreads it when it is used"
     rejects = f"{shown}{hint} is not {wants}: DeepSpeed {when}."
@@ -640,7 +644,7 @@ def batch_arithmetic(c) -> Iterator[Finding]:
         return  # "auto", or reported already, or nothing that could disagree
     shares = (micro or 1) * (steps or 1)
     formula = " x ".join(n for n, v in zip(names[1:], (micro, steps), strict=True) if v)
-    if total % shares:
+    if total % shares and not c.world_size:
         message = f"{total} is no multiple of {shares} ({formula}): AssertionError on any number of ranks."
         yield c.error("train_batch_size", message, f"{total - total % shares or shares} or {total + -total % shares}.")
         return
@@ -720,7 +724,7 @@ def precision(c) -> Iterator[Finding]:
     if autocast and "dtype" not in c.section("torch_autocast"):
         message = "Without dtype PyTorch's own default applies: float16 on CUDA, and then without loss scaling."
         yield c.warning("torch_autocast.dtype", message, 'Add "dtype": "bfloat16".')
-    if autocast and c.stage > 0 and str(c.get("torch_autocast.dtype")) in ("fp16", "float16"):
+    if autocast and c.stage > 0 and c.get("torch_autocast.dtype") in ("fp16", "float16", "torch.float16", "half"):
         message = (
             "float16 autocast with ZeRO: gradients are clipped before the loss scale is taken off them, and after an "
             "overflow the scale never falls."
@@ -731,7 +735,7 @@ def precision(c) -> Iterator[Finding]:
         if isinstance(module, str) and "." not in module:
             path = f"torch_autocast.lower_precision_safe_modules.{i}"
             yield c.error(path, f"{module!r} cannot be imported: DeepSpeed raises ValueError.", f'"torch.nn.{module}"')
-    if autocast and str(c.get("torch_autocast.dtype")) in ("fp32", "float32"):
+    if autocast and c.get("torch_autocast.dtype") in ("fp32", "float32", "torch.float32", "float"):
         yield c.warning("torch_autocast.dtype", "Autocast to float32 does nothing.", '"bfloat16"')
     if truthy(c.get("fp16.auto_cast")) and not c.fp16 and c.get("fp16.enabled") != "auto":
         message = "Works although fp16 is off: inputs become float16, the model stays as it is, and forward() raises."

@@ -124,7 +124,7 @@ def parse_count(text: str) -> int:
     match = re.fullmatch(r"([\d.]+(?:e\+?\d+)?)([kmbt]?)", text.strip().lower().replace("_", "").replace(",", ""))
     try:
         count = int(float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[match[2]])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # no such form; two points; 1e400
         count = 0
     if count < 1:
         raise UserError(f"cannot read {text!r} as a number of parameters: write 7e9, 7B or 350M")
@@ -486,7 +486,7 @@ def positive(kind):
         except ValueError:
             value = 0
         if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+            raise argparse.ArgumentTypeError(f"{text!r} must be a {'whole ' * (kind is int)}number above 0")
         return value
 
     return convert
@@ -518,6 +518,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def load_model(args: argparse.Namespace) -> Model:
     if (args.params is None) == (args.model is None):
         raise UserError("say how large the model is with either --params 7e9 or --model gpt2-xl")
+    if not 0 <= args.reserve < args.gpu_mem:
+        raise UserError(f"--reserve {args.reserve:g}: from 0 to less than --gpu_mem {args.gpu_mem:g}")
+    if args.model and (shape := [n for n in ("layers", "hidden", "heads", "vocab") if getattr(args, n)]):
+        raise UserError(f"--model {args.model} has a shape of its own: leave out --{' --'.join(shape)} or use --params")
     if args.model in GPT2:
         return gpt2_model(args.model)
     if args.model:
@@ -535,6 +539,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(
                 f"no template fits, so there is nothing to write to {args.write}; run without --write to see why"
             )
+        if args.write and (args.write.is_dir() or not args.write.parent.is_dir()):
+            raise UserError(f"--write {args.write}: give a file in a folder that exists")
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

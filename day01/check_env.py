@@ -19,11 +19,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 TESTED = {"torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.20.0", "datasets": "5.2.0"}
-BUILD_TOOLS = {
-    "g++": "sudo apt-get install g++",
-    "ninja": "pip install ninja",
-    "nvcc": "for NVIDIA GPUs: the CUDA toolkit of the version that torch was built with",
-}
 # What each compiled op is for. All are built on first use (JIT); this course's CPU runs need none of them.
 OPS = {
     "fused_adam": "one-kernel AdamW; not used when the config says torch_adam: true",
@@ -47,12 +42,16 @@ class Row(NamedTuple):
         return f"{self.name:22} {self.value!s:30.30} {status:8}{'' if self.ready else self.advice}".rstrip()
 
 
-def version_line(*command: str) -> str | None:
-    """The line with a version number that `command` prints, or None when it is not there or fails."""
-    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}"  # pip puts ninja beside python
-    if not (program := shutil.which(command[0], path=path)):
+def find(program: str) -> str | None:
+    """The path of `program`, beside this Python (where pip puts ninja) or on the PATH."""
+    return shutil.which(program, path=f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
+def version_line(program: str, *flags: str) -> str | None:
+    """The line with a version number that `program` prints, or None when it is not there or fails."""
+    if not (path := find(program)):
         return None
-    done = subprocess.run([program, *command[1:]], capture_output=True, text=True)
+    done = subprocess.run([path, *flags], capture_output=True, text=True)
     return next((line for line in done.stdout.splitlines() if re.search(r"\d\.\d", line)), None)
 
 
@@ -87,7 +86,7 @@ def check_devices() -> Iterator[Row]:
             yield Row(f"device {index}", torch.get_device_module().get_device_name(index), True)
             yield Row(f"device {index} memory", f"{memory:.1f} GiB", True)
         driver = version_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        yield Row("driver", driver, bool(driver), "nvidia-smi is not on the PATH")
+        yield Row("driver", driver or "unknown", bool(driver), "nvidia-smi is not on the PATH")
         yield Row("CUDA of torch", torch.version.cuda, True)
     ready = torch.distributed.is_available() and torch.distributed.is_backend_available(backend)
     yield Row("communication backend", backend, ready, "this build of torch has no such backend: reinstall torch", True)
@@ -98,13 +97,14 @@ def check_devices() -> Iterator[Row]:
 
 def check_build_tools() -> Iterator[Row]:
     """What DeepSpeed's just-in-time builds need, and the shared memory that worker processes need."""
-    yield Row(
-        "g++", version_line("g++", "--version"), bool(shutil.which("g++")), "only to build ops: apt-get install g++"
-    )
-    ninja = shutil.which("ninja", path=f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', '')}")
-    yield Row("ninja", ninja and os.path.basename(ninja), bool(ninja), "only to build ops: pip install ninja")
-    nvcc = version_line("nvcc", "--version") and subprocess.getoutput("nvcc --version").split("release ")[-1][:4]
-    yield Row("nvcc (CUDA compiler)", nvcc, bool(nvcc), "only to build ops for NVIDIA GPUs: the CUDA toolkit")
+    absent = "not found"
+    gxx = version_line("g++", "--version")
+    yield Row("g++", gxx or absent, bool(gxx), "only to build ops: sudo apt-get install g++")
+    ninja = find("ninja")
+    yield Row("ninja", "ninja" if ninja else absent, bool(ninja), "only to build ops: pip install ninja")
+    nvcc = re.search(r"release ([\d.]+)", version_line("nvcc", "--version") or "")
+    advice = "only to build ops for NVIDIA GPUs: the CUDA toolkit of the version that torch was built with"
+    yield Row("nvcc (CUDA compiler)", nvcc[1] if nvcc else absent, bool(nvcc), advice)
     shm = shutil.disk_usage("/dev/shm").total / 2**30 if os.path.isdir("/dev/shm") else 0
     yield Row("/dev/shm", f"{shm:.1f} GiB", shm >= 1, "data workers and NCCL want 1 GiB: docker run --shm-size=8g")
 

@@ -31,7 +31,7 @@ ONLY_ON_GPU = {f"ds_config_{name}.json" for name in ("bf16", "fp16", "autocast",
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configs", nargs="+", help="JSON files to compare (default: all of day03/)")
+    parser.add_argument("--configs", nargs="+", help="JSON files to compare (default: those of day03/)")
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2, help="processes, or GPUs")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps (not micro-batches)")
     parser.add_argument("--log_every", type=int, default=10, help="optimizer steps between two log lines")
@@ -60,7 +60,7 @@ def summary(rows: list[dict]) -> dict:
     return {
         "train_loss": steps[-1]["loss"],
         "held_out_loss": [row["held_out_loss"] for row in rows if "held_out_loss" in row][-1],
-        "tokens_per_s": median(row["tokens_per_s"] for row in steps[1:]),
+        "tokens_per_s": median(row["tokens_per_s"] for row in steps[1:] or steps),
         "held_gib": rows[-1]["held_gib"],
         "peak_gib": steps[-1]["memory_gib"],
     }
@@ -75,6 +75,8 @@ def main() -> None:
     for config in configs:
         if not config.exists():
             raise UserError(f"no config file {config}")
+        if [other.stem for other in configs].count(config.stem) > 1:
+            raise UserError(f"two configs are called {config.stem}: copy one to another name, the table goes by it")
 
     run_dir, runs, table = Path(args.run_dir), {}, []
     print(f"{'config':24} {'train':>8} {'held-out':>8} {'tok/s':>9} {'held GiB':>9} {'peak GiB':>9}")

@@ -18,6 +18,7 @@ from pathlib import Path
 import deepspeed
 import hjson
 import torch
+from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 from torch.utils.data import DataLoader, DistributedSampler
 
 HERE = Path(__file__).resolve().parent
@@ -53,7 +54,7 @@ def read_config(path: str, changes: list[str]) -> dict:
     """Read a config as DeepSpeed does (JSON with comments) and apply `zero_optimization.stage=2` and the like."""
     if not Path(path).is_file():
         raise UserError(f"no config file {path!r}: look at the path after --deepspeed_config")
-    config = hjson.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=dict)
+    config = hjson.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=dict_raise_error_on_duplicate_keys)
     for change in changes:
         dotted, equals, value = change.partition("=")
         if not equals:
@@ -62,6 +63,8 @@ def read_config(path: str, changes: list[str]) -> dict:
         section = config
         for name in sections:
             section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise UserError(f"--set {change!r}: {name} is {section!r} in the config, not a section with keys")
         section[key] = hjson.loads(value)
     return config
 

@@ -67,7 +67,7 @@ def measure(variant: str, run_dir: Path, args: argparse.Namespace) -> dict:
         return row | {"error": lines[-1] if lines else f"exit code {done.returncode}"}
     rows = read_rows(run_dir)
     steps = [step for step in rows if "loss" in step]
-    speed = median(step["tokens_per_s"] for step in steps[1:])  # the first line pays for starting up
+    speed = median(step["tokens_per_s"] for step in steps[1:] or steps)  # the first line pays for starting up
     return row | {"tokens_per_s": speed, "held_gib": rows[-1]["held_gib"], "peak_gib": steps[-1]["memory_gib"]}
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path
 # Copying this script? Replace these imports with your own data, model and logger.
 from common.cpu import start_without_compiler
 from common.data import endless_batches, held_out_loss, load_corpus, load_tokenizer, to_device
-from common.errors import clear_errors
+from common.errors import UserError, clear_errors
 from common.memory import bytes_by_kind, live_tensors
 from common.model import build_model, get_preset
 from common.ranks import print0, require_launcher
@@ -79,6 +79,8 @@ def main() -> None:
     micro_batch, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     num_params = sum(parameter.numel() for parameter in model.parameters())
     stage, weight = engine.zero_optimization_stage(), next(model.parameters())
+    if stage == 3:
+        raise UserError(f"zero stage 3 in {args.deepspeed_config}: this day takes 0 to 2, stage 3 is day 07")
     print0(f"zero stage {stage} | {type(optimizer).__name__} | weights {weight.dtype} | {engine.device.type}")
     if stage > 0 and optimizer.reduce_bucket_size > num_params:
         print0(f"note: a bucket of {optimizer.reduce_bucket_size:,} elements, larger than the model, is held in full")

@@ -29,7 +29,7 @@ sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path
 
 from common.cpu import start_without_compiler
 from common.data import endless_batches, load_corpus, load_tokenizer, to_device
-from common.errors import clear_errors
+from common.errors import UserError, clear_errors
 from common.memory import live_tensors
 from common.model import build_model, get_preset
 from common.plots import plot_bars
@@ -105,6 +105,8 @@ def measure(config: dict, blocks, vocab_size: int, args: argparse.Namespace) -> 
 
 def main() -> None:
     args = parse_args()
+    if args.steps < 4:
+        raise UserError(f"--steps {args.steps}: at least 4, as the first three warm up, count bytes and are not timed")
     require_launcher()
     start_without_compiler()
     deepspeed.init_distributed()
@@ -128,9 +130,10 @@ def main() -> None:
         num_params = sum(p.numel() for p in build_model(args.model, len(tokenizer)).parameters())
         write_results(Path(args.run_dir) / "compare.json", this_command(), num_params=num_params, table=table)
         labels = {f"{row['config']}, {row['accumulation']} micro": row for row in table}
-        for kind, unit in (("gradient_bytes", "bytes a rank"), ("sent_bytes", "bytes a rank and step")):
+        title = f"{args.model}, {dist.get_world_size()} ranks"
+        for kind, unit in {"gradient_bytes": "MB of gradients a rank", "sent_bytes": "MB sent a rank and step"}.items():
             path = Path(args.run_dir) / f"{kind}.png"
-            plot_bars({name: row[kind] for name, row in labels.items()}, path, kind.replace("_", " "), unit)
+            plot_bars({name: row[kind] / 1e6 for name, row in labels.items()}, path, title, unit)
         print0(f"table: {show_path(args.run_dir)}/compare.json")
     dist.destroy_process_group()
 

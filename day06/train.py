@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path
 # Copying this script? Replace these imports with your own data, model and logger.
 from common.cpu import start_without_compiler
 from common.data import endless_batches, held_out_loss, load_corpus, load_tokenizer, to_device
-from common.errors import clear_errors
+from common.errors import UserError, clear_errors
 from common.memory import bytes_by_kind, live_tensors
 from common.model import build_model, get_preset
 from common.ranks import print0, require_launcher
@@ -74,10 +74,13 @@ def main() -> None:
         model=model, model_parameters=model.parameters(), config=args.deepspeed_config
     )
     micro_batch, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
+    stage = engine.zero_optimization_stage()
+    if stage not in (1, 2):
+        raise UserError(f"zero stage {stage} in {args.deepspeed_config}: this day needs 1 or 2")
     partitioned = (
         f"gradients partitioned {optimizer.partition_gradients} | bucket {optimizer.reduce_bucket_size:,} elements"
     )
-    print0(f"zero stage {engine.zero_optimization_stage()} | {partitioned} | {engine.device.type}")
+    print0(f"zero stage {stage} | {partitioned} | {engine.device.type}")
     weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     print0(f"all gradients of this model: {weight_bytes:,} bytes")
     sampler = DistributedSampler(train_blocks, seed=args.seed)  # each rank its own blocks

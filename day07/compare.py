@@ -211,6 +211,8 @@ def as_line(row: dict, first: dict) -> str:
 
 def main() -> None:
     args = parse_args()
+    if args.steps < 6:
+        raise UserError(f"--steps {args.steps}: at least 6, as the first five warm up, count bytes and are not timed")
     require_launcher()
     start_without_compiler()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU

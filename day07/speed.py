@@ -1,4 +1,4 @@
-"""Day 07: from 0.5x to 1x - ZeRO-3 beside FSDP2 on the same batches, change by change, and where a step's time goes.
+"""Day 07: from 0.4x to 1x - ZeRO-3 beside FSDP2 on the same batches, change by change, and where a step's time goes.
 
 From the repository root, on GPUs (on two CPU processes it runs as well, and its figures mean nothing):
 
@@ -33,7 +33,7 @@ sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path
 
 from common.cpu import start_without_compiler
 from common.data import endless_batches, load_corpus, load_tokenizer, to_device
-from common.errors import clear_errors
+from common.errors import UserError, clear_errors
 from common.model import build_model, get_preset
 from common.plots import plot_bars
 from common.ranks import over_ranks, print0, require_launcher
@@ -191,6 +191,10 @@ def take_turn(train_step, batches, row: dict, num_steps: int, device: torch.devi
 
 def main() -> None:
     args = parse_args()
+    if args.steps <= args.window:
+        raise UserError(f"--steps {args.steps}: more than --window {args.window}, as the first window is not timed")
+    if missing := set(args.profile) - set(args.cases):
+        raise UserError(f"--profile {' '.join(sorted(missing))}: only a case that is trained; add it to --cases")
     require_launcher()
     start_without_compiler()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU

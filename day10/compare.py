@@ -127,6 +127,8 @@ def measure(config: dict, blocks, vocab_size: int, args: argparse.Namespace) -> 
 
 def main() -> None:
     args = parse_args()
+    if args.steps < 3:
+        raise UserError(f"--steps {args.steps}: at least 3, as the first two warm up and are not timed")
     require_launcher()
     start_without_compiler()
     deepspeed.init_distributed()
@@ -161,9 +163,10 @@ def main() -> None:
     if dist.get_rank() == 0:
         write_results(Path(args.run_dir) / "compare.json", this_command(), table=table)
         done = {f"zero {row['stage']}, {row['equation']}": row for row in table if "error" not in row}
-        for kind, unit in (("activation_bytes", "bytes a rank and micro-batch"), ("tokens_per_s", "tokens/s")):
+        title, activations = f"{args.model}, {dist.get_world_size()} ranks", "MB of activations, a rank and micro-batch"
+        for kind, scale, unit in (("activation_bytes", 1e6, activations), ("tokens_per_s", 1, "tokens/s")):
             path = Path(args.run_dir) / f"{kind}.png"
-            plot_bars({name: row[kind] for name, row in done.items()}, path, f"{args.model}: {kind}", unit)
+            plot_bars({name: row[kind] / scale for name, row in done.items()}, path, title, unit)
         print0(f"table: {show_path(args.run_dir)}/compare.json")
     dist.destroy_process_group()
 

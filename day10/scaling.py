@@ -27,7 +27,7 @@ from common.cpu import start_without_compiler
 from common.data import endless_batches, held_out_loss, load_corpus, load_tokenizer, to_device
 from common.errors import UserError, clear_errors
 from common.model import build_model, get_preset
-from common.plots import plt
+from common.plots import plt, save_plot
 from common.ranks import print0, require_launcher
 from common.results import this_command, write_results
 from common.run_log import default_run_dir, show_path
@@ -54,7 +54,7 @@ def train(accumulation: int, lr: float, splits, vocab_size: int, args: argparse.
     torch.manual_seed(args.seed)
     model = build_model(args.model, vocab_size)
     config = json.loads(Path(args.deepspeed_config).read_text())
-    config.pop("scheduler", None)  # constant: a schedule of 16 steps is another one than that of 256
+    config.pop("scheduler", None)  # constant: ten steps of warm-up are all of a run of 8, and nothing in one of 128
     config |= {"train_micro_batch_size_per_gpu": args.micro_batch, "gradient_accumulation_steps": accumulation}
     config["optimizer"]["params"]["lr"] = lr
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
@@ -79,9 +79,10 @@ def plot_rates(table: list[dict], path: Path, title: str) -> None:
         label = f"batch {batch_size}, {rows[0]['steps']} steps"
         axes.plot([row["lr"] for row in rows], [row["held_out_loss"] for row in rows], "o-", label=label)
     axes.set(xscale="log", xlabel="learning rate", ylabel="held-out loss (nats a token)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    rates = sorted({row["lr"] for row in table})
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
+    save_plot(figure, axes, path)
 
 
 def main() -> None:

@@ -109,7 +109,8 @@ def own_loss(engine: deepspeed.DeepSpeedEngine, batches: list[dict]) -> None:
         engine.step()
 
 
-# name -> (loop, "gradient_accumulation_steps", "managed_gradient_accumulation"); the last four are pitfalls
+# name -> (loop, "gradient_accumulation_steps", "managed_gradient_accumulation"). Four right ways; then three mistakes,
+# and what cures the third.
 WAYS = {
     "managed": (managed, A, True), "no_sync": (no_sync, 1, True), "coalesced": (coalesced, 1, True),
     "unmanaged": (one_step, A, False), "one_step": (one_step, A, True), "divided": (divided, A, True),

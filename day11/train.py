@@ -87,8 +87,6 @@ def main() -> None:
     # The JSON decides the precision: DeepSpeed casts the weights (fp16, bf16) or each matrix product (torch_autocast).
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=args.deepspeed_config)
     weights, autocast = next(engine.parameters()).dtype, engine.torch_autocast_enabled()
-    if autocast and engine.torch_autocast_dtype() == torch.float16 and engine.zero_optimization():
-        raise UserError("torch_autocast to float16 needs ZeRO stage 0: with ZeRO its loss scale goes wrong in 0.19.8")
     print0(
         f"zero stage {engine.zero_optimization_stage()} | {type(engine.optimizer).__name__} | weights {weights}"
         f" | autocast {engine.torch_autocast_dtype() if autocast else None} | loss scale {loss_scale(engine)}"

@@ -4,7 +4,7 @@ From the repository root, on one GPU (on CPU it runs uncompiled, to show that th
 
     python day12/baseline_torch.py --model gpt2 --batch_size 32 --steps 200
 
-Expect the losses of day12/train.py with the same flags. speed.py measures this loop beside DeepSpeed's in one run.
+Expect the losses of speed.py's rungs: a constant learning rate, no schedule. speed.py measures this loop as well.
 Checked with torch 2.13.0. Source: https://docs.pytorch.org/tutorials/recipes/recipes/tuning_guide.html
 """
 

@@ -1,6 +1,6 @@
-"""Day 12: a lean GPT-2 that keeps a GPU busy: what day12/gpt.py builds, day12/train.py trains.
+"""Day 12: a lean GPT-2 that keeps a GPU busy: the model that train.py and the other scripts of this day train.
 
-    from gpt import build_gpt     # in a script that lies beside it
+    from gpt import build_gpt     # day12/gpt.py, in a script that lies beside it
 
 What it leaves out of `transformers`' GPT-2, and why it is faster: no biases (as nanoGPT), Linear instead of Conv1D,
 attention in one fused kernel, a vocabulary padded to a multiple of 128 (odd sizes miss the tensor cores).

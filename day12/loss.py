@@ -3,9 +3,9 @@
     from loss import linear_cross_entropy     # day12/loss.py, in a script that lies beside it
 
 GPT-2's logits are its largest tensor: 32 sequences of 1,024 tokens times 50,304 ids in 16 bits are 3.3 GB. PyTorch
-writes them, reads them for the loss, reads them again and writes their gradient. The kernel below takes a row at a time
-while it is in the cache, and leaves the gradient where the logits were; both products with it follow at once, so
-nothing that large lives until the backward pass. Needs CUDA and Triton (PyTorch's CUDA builds bring it along).
+writes them, reads them for the loss, reads them again and writes their gradient. The kernel below reads each row once
+and leaves the gradient where the logits were; both products with it follow at once, so nothing that large lives until
+the backward pass. Needs CUDA and Triton (PyTorch's CUDA builds bring it along).
 Source: Liger Kernel, arXiv:2410.10989, section 3.2 (the idea; this code is the course's own).
 """
 
@@ -16,26 +16,25 @@ import triton.language as tl
 
 @triton.jit
 def loss_and_gradient(logits, targets, losses, width: tl.constexpr, vocab_size: tl.constexpr, BLOCK: tl.constexpr):
-    """Row of logits (width,) -> its loss, and the gradient in place. Ids from vocab_size on are padding: gradient 0."""
+    """Row of logits (width,) -> its loss, and the gradient in place. Ids from vocab_size on are padding: gradient 0.
+
+    A program holds its whole row in registers, as the 16-bit numbers they are: half of what float32 would take.
+    """
     row = tl.program_id(0)
     logits += row.to(tl.int64) * width
     target = tl.load(targets + row)
     counts = target >= 0
     at_target = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
-    largest, total = -float("inf"), 0.0
-    for start in range(0, vocab_size, BLOCK):  # the sum of exponentials, corrected whenever a larger logit turns up
-        ids = start + tl.arange(0, BLOCK)
-        part = tl.load(logits + ids, mask=ids < vocab_size, other=-float("inf")).to(tl.float32)
-        larger = tl.maximum(largest, tl.max(part))
-        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(part - larger))
-        largest = larger
-    log_total = largest + tl.log(total)
+    ids = tl.arange(0, BLOCK)
+    # Masked by the width, a multiple of 128: loads of 16 bytes. By vocab_size, an odd number, they would be of 2.
+    narrow = tl.load(logits + ids, mask=ids < width, other=-float("inf"))
+    narrow = tl.where(ids < vocab_size, narrow, -float("inf"))
+    largest = tl.max(narrow.to(tl.float32))
+    log_total = largest + tl.log(tl.sum(tl.exp(narrow.to(tl.float32) - largest)))
     tl.store(losses + row, tl.where(counts, log_total - at_target, 0.0))
-    for start in range(0, width, BLOCK):  # this time the row comes from the cache
-        ids = start + tl.arange(0, BLOCK)
-        part = tl.load(logits + ids, mask=ids < vocab_size, other=-float("inf")).to(tl.float32)
-        gradient = tl.where(counts, tl.exp(part - log_total) - tl.where(ids == target, 1.0, 0.0), 0.0)
-        tl.store(logits + ids, gradient.to(logits.dtype.element_ty), mask=ids < width)
+    gradient = tl.exp(narrow.to(tl.float32) - log_total) - tl.where(ids == target, 1.0, 0.0)
+    gradient = tl.where(counts, gradient, 0.0)
+    tl.store(logits + ids, gradient.to(logits.dtype.element_ty), mask=ids < width)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -48,7 +47,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             narrow_x, narrow_weight = x.to(dtype), weight.to(dtype)
             logits = narrow_x @ narrow_weight.T
             losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
-            loss_and_gradient[(len(x),)](logits, targets, losses, logits.shape[1], vocab_size, BLOCK=8192, num_warps=16)
+            width = logits.shape[1]
+            block = triton.next_power_of_2(width)
+            loss_and_gradient[(len(x),)](logits, targets, losses, width, vocab_size, BLOCK=block, num_warps=32)
             if any(ctx.needs_input_grad):  # the logits are their own gradient by now
                 ctx.save_for_backward((logits @ narrow_weight).to(x.dtype), (logits.T @ narrow_x).to(weight.dtype))
         return losses.sum()

@@ -28,7 +28,7 @@ sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path
 
 from common.cpu import start_without_compiler
 from common.data import endless_batches, load_corpus, load_tokenizer, to_device
-from common.errors import clear_errors
+from common.errors import UserError, clear_errors
 from common.memory import bytes_by_kind, live_tensors
 from common.model import get_preset
 from common.plots import plt
@@ -110,18 +110,16 @@ def plot(samples: list[dict], path: Path, title: str) -> None:
     figure, axes = plt.subplots(figsize=(10, 4.5))
     kinds = [kind for kind in KINDS if any(sample.get(kind) for sample in samples)]
     x = range(len(samples))
-    axes.stackplot(x, [[s.get(kind, 0) / 2**20 for s in samples] for kind in kinds], labels=kinds, step="mid")
+    axes.stackplot(x, [[s.get(kind, 0) / 1e6 for s in samples] for kind in kinds], labels=kinds, step="mid")
     for name in ("allocated", "reserved"):
         if name in samples[0]:
-            axes.plot(
-                x, [sample[name] / 2**20 for sample in samples], "k-" if name == "allocated" else "k:", label=name
-            )
+            axes.plot(x, [sample[name] / 1e6 for sample in samples], "k-" if name == "allocated" else "k:", label=name)
     starts = [i for i, sample in enumerate(samples) if sample["when"] == "start"]
     for start in starts:
         axes.axvline(start, color="black", linewidth=0.5)
     shown = [i for i in x if samples[i]["step"] == samples[-1]["step"]] if len(samples) <= 60 else starts
     axes.set_xticks(shown, [samples[i]["when"] for i in shown], rotation=90, fontsize=7)
-    axes.set(ylabel="MiB on rank 0", title=title)
+    axes.set(ylabel="MB on rank 0", title=title)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
@@ -129,6 +127,9 @@ def plot(samples: list[dict], path: Path, title: str) -> None:
 def main() -> None:
     args = parse_args()
     require_launcher()
+    for name in ("steps", "loss_chunks"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: take 1 or more")
     start_without_compiler()
     preset = get_preset(args.model)
     tokenizer = load_tokenizer(preset.tokenizer)
@@ -138,12 +139,12 @@ def main() -> None:
     model = build_gpt(args.model, len(tokenizer))
     model.recompute, model.loss_chunks = args.recompute, args.loss_chunks
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=args.deepspeed_config)
-    how = f"recompute {model.recompute} | loss in {model.loss_chunks} | {engine.device.type}"
+    how = f"recompute {model.recompute} | loss in {model.loss_chunks} part(s) | {engine.device.type}"
     print0(f"zero stage {engine.zero_optimization_stage()} | {model.num_params:,} parameters | {how}")
     sampler = DistributedSampler(blocks, seed=args.seed)  # each rank its own blocks
     loader = DataLoader(blocks, batch_size=engine.train_micro_batch_size_per_gpu(), sampler=sampler, drop_last=True)
     timeline, batches = Timeline(engine), endless_batches(loader)
-    print0(f"MiB on rank 0:{'start':>12}{'most seen':>12}{'at':>14}{'end':>10}{'allocated':>12}{'reserved':>12}")
+    print0(f"MB on rank 0: {'start':>12}{'most seen':>12}{'at':>14}{'end':>10}{'allocated':>12}{'reserved':>12}")
     for step in range(1, args.steps + 1):
         timeline.step = step
         get_accelerator().reset_peak_memory_stats()
@@ -162,12 +163,12 @@ def main() -> None:
         timeline.sample("step")
         samples = [sample for sample in timeline.samples if sample["step"] == step]
         most = max(samples, key=lambda sample: sample["total"])
-        mib = [f"{sample['total'] / 2**20:.2f}" for sample in (samples[0], most, samples[-1])]
+        mb = [f"{sample['total'] / 1e6:.2f}" for sample in (samples[0], most, samples[-1])]
         peaks = ["-", "-"]  # on CPU there is no allocator to ask
         if engine.device.type != "cpu":
             peaks = [get_accelerator().max_memory_allocated(), get_accelerator().max_memory_reserved()]
-            peaks = [f"{peak / 2**20:.2f}" for peak in peaks]
-        print0(f"step {step:9d}{mib[0]:>12}{mib[1]:>12}{most['when']:>14}{mib[2]:>10}{peaks[0]:>12}{peaks[1]:>12}")
+            peaks = [f"{peak / 1e6:.2f}" for peak in peaks]
+        print0(f"step {step:9d}{mb[0]:>12}{mb[1]:>12}{most['when']:>14}{mb[2]:>10}{peaks[0]:>12}{peaks[1]:>12}")
     if engine.global_rank == 0:
         run_dir = Path(args.run_dir)
         write_results(

@@ -95,8 +95,10 @@ def trial(case: str, limit_gib: float | None, args: argparse.Namespace) -> dict:
 def main() -> None:
     args = parse_args()
     get_preset(args.model)
-    if args.micro_batch < 2:
-        raise UserError(f"--micro_batch {args.micro_batch} cannot be halved: take 2 or more")
+    if args.micro_batch < 2 or args.micro_batch % 2:
+        raise UserError(f"--micro_batch {args.micro_batch} cannot be halved: take an even number")
+    if args.steps < 2:
+        raise UserError(f"--steps {args.steps}: take 2 or more, the first is not timed")
     if args.limit_gib is not None and args.limit_gib <= 0:
         raise UserError(f"--limit_gib {args.limit_gib} leaves no memory at all")
     base = trial("base", None, args)

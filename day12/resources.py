@@ -49,11 +49,17 @@ def peak_flops(device: torch.device) -> float | None:
 def measured_flops(device: torch.device, size: int = 4096, seconds: float = 1.0) -> float:
     """FLOP/s of bf16 products of two size x size matrices, which cost 2 size^3 operations each."""
     size = 1024 if device.type == "cpu" else size
-    a, wait = torch.randn(size, size, device=device, dtype=torch.bfloat16), torch.get_device_module(device).synchronize
-    [a @ a for _ in range(3)], wait()
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+
+    def ten_products() -> None:
+        for _ in range(10):
+            a @ a
+        torch.get_device_module(device).synchronize()
+
+    ten_products()  # warms up
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
-        [a @ a for _ in range(10)], wait()
+        ten_products()
         count += 10
     return count * 2 * size**3 / (time.perf_counter() - start)
 

@@ -1,4 +1,4 @@
-"""Day 12: from 135k to 513k tokens/s - GPT-2 124M under DeepSpeed, change by change, beside plain PyTorch.
+"""Day 12: from 137k to 534k tokens/s - GPT-2 124M under DeepSpeed, change by change, beside plain PyTorch.
 
 From the repository root, on one GPU (on one CPU process it runs with what a CPU can do; its figures mean nothing):
 
@@ -36,14 +36,14 @@ sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path
 
 from common.cpu import start_without_compiler
 from common.data import endless_batches, load_corpus, load_tokenizer, to_device
-from common.errors import clear_errors
+from common.errors import UserError, clear_errors
 from common.model import build_model, get_preset
 from common.plots import plot_bars
 from common.ranks import print0, require_launcher
 from common.results import this_command, write_results
 from common.run_log import default_run_dir, show_path
 
-# What each rung changes. "torch_*" are PyTorch's loop with the same model as the rung of that name.
+# What each rung changes.
 RUNGS = {
     "hf": {},  # transformers' GPT-2
     "hf_compiled": {"compiled": True},  # engine.compile()
@@ -55,7 +55,7 @@ RUNGS = {
     "foreach_clip": {"foreach_clip": True},  # PyTorch's clipping; DeepSpeed's is a kernel a parameter, and waits
     "no_average": {"no_average": True},  # one rank has nobody to average gradients with
 }
-BASELINES = {"torch_hf": "hf_compiled", "torch": "narrow_stream"}
+BASELINES = {"torch_hf": "hf_compiled", "torch": "narrow_stream"}  # PyTorch's loop, and the rung whose model it trains
 
 
 def parse_args() -> argparse.Namespace:
@@ -169,10 +169,20 @@ def look_into_a_step(train_step, batch: dict, path: Path) -> dict[str, float]:
 def main() -> None:
     args = parse_args()
     require_launcher()
+    if args.window < 1 or args.steps < 2 * args.window:
+        raise UserError(
+            f"--steps {args.steps} --window {args.window}: take two windows or more, the first does not count"
+        )
+    if args.turns == 1:
+        raise UserError("--turns 1: take 2 or more, the first does not count")
     start_without_compiler()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU
     deepspeed.init_distributed()
     device = torch.device(get_accelerator().current_device_name())
+    if args.profile and device.type == "cpu":
+        raise UserError(
+            f"--profile {' '.join(args.profile)} shows what a GPU does in a step: this is a CPU, leave it out"
+        )
     preset = get_preset(args.model)
     tokenizer = load_tokenizer(preset.tokenizer)
     blocks, _ = load_corpus(args.corpus, tokenizer, preset.block_size)

@@ -3,7 +3,7 @@
 From the repository root, on two CPU processes or any number of GPUs:
 
     deepspeed --num_accelerators 2 day12/train.py
-    deepspeed --num_accelerators 2 day12/train.py --steps 400 --resume runs/day12/20261125-120000
+    deepspeed --num_accelerators 2 day12/train.py --resume runs/day12/20261125-120000
     deepspeed --num_accelerators 1 day12/train.py --model gpt2 --deepspeed_config day12/ds_config_gpt2.json --steps 400
 
 Expect the held-out loss to fall, text samples to become readable, checkpoints in the run folder, and a last line on
@@ -135,7 +135,7 @@ def main() -> None:
     start_without_compiler()
     for name in ("steps", "log_every", "eval_every", "sample_every", "save_every"):
         if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: take 1 or more; a large number means never")
+            raise UserError(f"--{name} {getattr(args, name)}: take 1 or more; a large number means at the end alone")
     config = read_config(args.deepspeed_config, args.steps)
     clips_here = config.get("zero_optimization", {}).get("stage", 0) == 0  # at ZeRO-0 gradients are ordinary `.grad`s:
     max_norm = config.get("gradient_clipping", 1.0)  # PyTorch clips them in few kernels, DeepSpeed in one a parameter
@@ -159,7 +159,7 @@ def main() -> None:
     maybe_average = engine.no_sync if clips_here and engine.dp_world_size == 1 else nullcontext
     if fast:
         engine.compile()  # torch.compile on the module; the engine's own hooks stay outside
-    forward = torch.get_autocast_dtype(device.type) if engine.torch_autocast_enabled() else "off"
+    forward = engine.torch_autocast_dtype() if engine.torch_autocast_enabled() else "off"
     print0(f"zero stage {engine.zero_optimization_stage()} | autocast {forward} | compiled {engine.is_compiled}")
     for group in engine.optimizer.param_groups:
         numbers = f"{sum(parameter.numel() for parameter in group['params']):,} parameters on rank 0"

@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
 
 from common.cpu import start_without_compiler
-from common.errors import clear_errors
+from common.errors import UserError, clear_errors
 from common.model import get_preset
 from common.ranks import over_ranks, print0, require_launcher
 
@@ -123,6 +123,9 @@ def train(args: argparse.Namespace, device: torch.device) -> dict:
 def main() -> None:
     args = parse_args()
     require_launcher()
+    for name, least in {"steps": 2, "loss_chunks": 1}.items():  # the first step, which sets up, is not timed
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: take {least} or more")
     start_without_compiler()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed()

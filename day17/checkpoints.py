@@ -97,7 +97,7 @@ def with_own_sum(manifest: dict) -> str:
 
 
 def publish(partial: Path, name: str, **facts: object) -> dict:
-    """Flush and sum up the files in `partial`, rename it to `name`, point `latest` to it; return the manifest.
+    """Flush and checksum the files in `partial`, rename it to `name`, point `latest` to it; return the manifest.
 
     Collective; the ranks share the files out. A kill before the rename leaves a folder that nobody looks at; a kill
     after it, a whole checkpoint.
@@ -257,7 +257,7 @@ class GlobalOrder(Sampler):
     """Deal sequences for ever, from number `start` of all ranks' on: shuffled anew each epoch, whatever the ranks.
 
     Number i of the run is the (i mod n)-th of epoch i // n. A step takes consecutive numbers and deals them out, so the
-    data position is one number, steps times global batch, and it means the same on any number of ranks.
+    data position is one number, the sequences seen so far, and it means the same on any number of ranks.
     """
 
     def __init__(self, num_sequences: int, micro_batch: int, seed: int, start: int = 0) -> None:
@@ -280,17 +280,23 @@ class StopSignals:
     """SIGTERM and SIGUSR1, as schedulers send them, ask for a save and an end at the next step boundary."""
 
     def __init__(self) -> None:
-        self.seen = 0
+        self.seen, self.group = 0, None
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:
         self.seen = number  # nothing else: a handler runs between any two lines of the program
 
-    def agreed(self, device: torch.device) -> str | None:
-        """The signal that any rank has seen, the same answer on all. Collective, once a step."""
-        seen = torch.tensor(self.seen, device=device)
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+    def agreed(self) -> str | None:
+        """The signal that any rank has seen, the same answer on all. Collective, once a step.
+
+        The ranks ask each other through gloo: an answer through NCCL would make the host wait for the GPU at every
+        step.
+        """
+        if self.group is None:
+            self.group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        seen = torch.tensor(self.seen)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self.group)
         return signal.Signals(seen.item()).name if seen else None
 
 

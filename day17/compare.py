@@ -5,8 +5,8 @@ From the repository root, on two CPU processes or two GPUs:
     deepspeed --num_accelerators 2 day17/compare.py
     deepspeed --num_accelerators 2 day17/compare.py --model mini --cases zero2 background
 
-Expect a row for each way: stage, bytes of all files, seconds that training stood still, seconds until the files were
-whole, or the error. All run in one process group on the same model. compare.json in the run folder has the same.
+Expect a row for each way: stage, bytes of all files, ms that training stood still, ms until the files were whole (the
+median of five saves), or the error. All run in one process group on the same model. compare.json has the same.
 Checked with deepspeed 0.19.8. Source: deepspeed/runtime/checkpoint_engine/, deepspeed/runtime/model_checkpointing/.
 """
 
@@ -18,6 +18,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from threading import Thread
 
 import deepspeed
@@ -56,6 +57,7 @@ CASES = {  # name: (ZeRO stage, parts of the config that differ, what to call)
     "datastates": (2, {"datastates_ckpt": {"host_cache_size": 1}}, "save"),
     "nebula": (2, {"nebula": {"enabled": True}}, "save"),
 }
+REPEATS = 5
 
 
 class BackgroundWriter(TorchCheckpointEngine):
@@ -97,7 +99,7 @@ def train_step(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def measure(case: str, args: argparse.Namespace) -> dict:
-    """Save once after a warm-up save; return bytes and seconds, the slowest rank's."""
+    """Save REPEATS times after a warm-up save; return bytes, and the median of the slowest rank's times."""
     stage, changes, how = CASES[case]
     config = json.loads(Path(args.deepspeed_config).read_text()) | changes
     config["zero_optimization"] |= {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
@@ -109,8 +111,9 @@ def measure(case: str, args: argparse.Namespace) -> dict:
     engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
     if how == "background":
         engine.checkpoint_engine = BackgroundWriter(engine._config)
-    root = Path(args.run_dir, case)
-    for tag in ("warm_up", "measured"):  # files of the first one also pay for what is done once
+    root, times = Path(args.run_dir, case), []
+    for number in range(1 + REPEATS):
+        tag = f"save_{number}"
         train_step(engine)
         dist.barrier()
         start = time.perf_counter()
@@ -119,7 +122,7 @@ def measure(case: str, args: argparse.Namespace) -> dict:
         else:
             engine.save_checkpoint(str(root), tag=tag, exclude_frozen_parameters=how == "frozen_left_out")
         if how == "publish":
-            publish(root / tag, "published", step=engine.global_steps)
+            publish(root / tag, f"published_{number}", step=engine.global_steps)
         stood_s = time.perf_counter() - start
         train_step(engine)  # a decoupled writer makes this wait until its files are whole
         decoupled_s = time.perf_counter() - start
@@ -127,15 +130,16 @@ def measure(case: str, args: argparse.Namespace) -> dict:
             BackgroundWriter.threads.pop().join()
         whole_s = time.perf_counter() - start if how == "background" else stood_s
         whole_s = decoupled_s if engine.checkpoint_engine.is_decoupled() else whole_s
-    dist.barrier()
-    folder = root / ("published" if how == "publish" else "measured")
-    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        times.append([over_ranks(1e3 * seconds, engine.device, "max") for seconds in (stood_s, whole_s)])
+        folder = root / (f"published_{number}" if how == "publish" else tag)
+        total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        dist.barrier()  # all ranks have counted
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder)
     engine.checkpoint_engine.cleanup()
     engine.destroy()
-    seconds = {
-        name: over_ranks(value, engine.device, "max") for name, value in (("stood", stood_s), ("whole", whole_s))
-    }
-    return {"bytes": total, "stood_ms": 1e3 * seconds["stood"], "whole_ms": 1e3 * seconds["whole"]}
+    stood_ms, whole_ms = map(median, zip(*times[1:], strict=True))  # the first save also pays for what is done once
+    return {"bytes": total, "stood_ms": stood_ms, "whole_ms": whole_ms}
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from common.errors import UserError, clear_errors
 from common.model import build_model, get_preset
 from common.ranks import print0, require_launcher
 from common.run_log import RunLog, default_run_dir, show_path
-from day17.checkpoints import GlobalOrder, StopSignals, all_or_none, checkpoints, prune, publish, random_state, seed_all
+from day17 import checkpoints as ckpt
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,23 +53,23 @@ def save(engine: deepspeed.DeepSpeedEngine, root: Path, step: int, keep_last: in
     """Write a checkpoint under another name, publish it whole, remove old ones. Collective."""
     start, name = time.perf_counter(), f"step{step:06d}"
     partial = root / f"partial_{name}"
-    client_state = {"step": step, "sequences": step * engine.train_batch_size()}  # the same on all ranks
-    with all_or_none(f"saving {name}", root):
+    client_state = {"step": step, "sequences": engine.global_samples}  # the same on all ranks
+    with ckpt.all_or_none(f"saving {name}", root):
         partial.mkdir(parents=True, exist_ok=True)
-    with all_or_none(f"saving {name}", root):
+    with ckpt.all_or_none(f"saving {name}", root):
         try:  # weights, optimizer, schedule, loss scale; save_latest would write `latest` in place
             engine.save_checkpoint(str(root), tag=partial.name, client_state=client_state, save_latest=False)
         except (OSError, RuntimeError):
             dist.barrier()  # save_checkpoint ends with one, where the other ranks wait for this one
             raise
-    with all_or_none(f"saving {name}", root):
-        torch.save(random_state(engine.device), partial / f"random_rank_{engine.global_rank}.pt")
+    with ckpt.all_or_none(f"saving {name}", root):
+        torch.save(ckpt.random_state(engine.device), partial / f"random_rank_{engine.global_rank}.pt")
     written_s = time.perf_counter() - start
     facts = {"step": step, "ranks": engine.dp_world_size, "zero_stage": engine.zero_optimization_stage()}
     facts |= {"global_batch": engine.train_batch_size(), "held_out_loss": held_out, "deepspeed": deepspeed.__version__}
-    total = sum(entry["bytes"] for entry in publish(partial, name, **facts)["files"].values())
+    total = sum(entry["bytes"] for entry in ckpt.publish(partial, name, **facts)["files"].values())
     if engine.global_rank == 0:
-        kept = prune(root, keep_last)
+        kept = ckpt.prune(root, keep_last)
         seconds = f"{time.perf_counter() - start:.2f} s, {written_s:.2f} of it writing"
         print0(f"saved {name}: {total:,} bytes, stood {seconds} | kept {' '.join(kept)}")
 
@@ -77,8 +77,10 @@ def save(engine: deepspeed.DeepSpeedEngine, root: Path, step: int, keep_last: in
 def main() -> None:
     args = parse_args()
     require_launcher()
+    if min(args.save_every, args.keep_last) < 1:
+        raise UserError(f"--save_every {args.save_every} --keep_last {args.keep_last}: both must be at least 1")
     start_without_compiler()
-    stop = StopSignals()
+    stop = ckpt.StopSignals()
     preset = get_preset(args.model)
     tokenizer = load_tokenizer(preset.tokenizer)
     train_blocks, held_out_blocks = load_corpus(args.corpus, tokenizer, preset.block_size)
@@ -89,15 +91,17 @@ def main() -> None:
 
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=args.deepspeed_config)
     root = Path(args.run_dir) / "checkpoints"
-    if checkpoints(root):
+    if ckpt.checkpoints(root):
         raise UserError(f"{show_path(root)} has checkpoints: take another --run_dir, or continue with day18/train.py")
+    if engine.global_rank == 0:
+        ckpt.clear_up(root, None)  # what a run left that was killed in its first save
     print0(
         f"zero stage {engine.zero_optimization_stage()} | saves every {args.save_every} steps | {engine.device.type}"
     )
     micro_batch, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
-    order = GlobalOrder(len(train_blocks), micro_batch, args.seed)  # each rank its own blocks
+    order = ckpt.GlobalOrder(len(train_blocks), micro_batch, args.seed)  # each rank its own blocks
     batches = iter(DataLoader(train_blocks, batch_size=micro_batch, sampler=order))
-    seed_all(args.seed * 1000 + engine.global_rank)  # from here on, each rank its own dropout masks
+    ckpt.seed_all(args.seed * 1000 + engine.global_rank)  # from here on, each rank its own dropout masks
 
     log = RunLog(args.run_dir, args.steps, args.log_every, engine.device)
     for step in range(1, args.steps + 1):
@@ -109,7 +113,7 @@ def main() -> None:
             engine.step()
             local_loss += loss.detach() / accumulation
         log.step(step, local_loss, tokens=accumulation * batch["input_ids"].numel())
-        stopped_by = stop.agreed(engine.device)
+        stopped_by = stop.agreed()
         if step % args.save_every == 0 or step == args.steps or stopped_by:
             held_out = None if stopped_by else held_out_loss(engine, held_out_blocks, engine.device, max_blocks=64)
             save(engine, root, step, args.keep_last, held_out)

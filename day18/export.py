@@ -21,7 +21,7 @@ from common.data import held_out_loss, load_corpus, load_tokenizer
 from common.errors import UserError, clear_errors
 from common.model import build_model, get_preset
 from common.run_log import show_path
-from day17.checkpoints import newest_good
+from day17.checkpoints import newest_good, read_manifest
 from day18.train import load_safely
 
 
@@ -35,6 +35,17 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def fp32_weights(found: Path) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint, by name, in fp32 whatever the precision of training was at stages 1 to 3.
+
+    There they lie inside the optimizer's files, a part a rank. At stage 0 the model's file has them whole; DeepSpeed's
+    function, with nothing to put together, ends with `TypeError: 'NoneType' object is not iterable`.
+    """
+    if read_manifest(found)["zero_stage"] == 0:
+        return torch.load(found / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["module"]
+    return get_fp32_state_dict_from_zero_checkpoint(str(found.parent), tag=found.name)
+
+
 def main() -> None:
     args = parse_args()
     load_safely()
@@ -43,13 +54,12 @@ def main() -> None:
         print(f"not trusted: {sentence}")
     if found is None:
         raise UserError(f"no checkpoint that verifies (step000123, ...) in {args.root}")
-    # The fp32 weights inside the optimizer's files, whatever the precision of training. DeepSpeed's own writer of
-    # safetensors (zero_to_fp32.py --safe_serialization) ends at tied weights with "Some tensors share memory".
-    weights = get_fp32_state_dict_from_zero_checkpoint(str(args.root), tag=found.name)
+    # Not with DeepSpeed's own writer (zero_to_fp32.py --safe_serialization): at tied weights it ends with "Some tensors
+    # share memory".
     preset = get_preset(args.model)
     tokenizer = load_tokenizer(preset.tokenizer)
     trained = build_model(args.model, len(tokenizer), tokenizer.eos_token_id)
-    trained.load_state_dict(weights)
+    trained.load_state_dict(fp32_weights(found))
     trained.to(getattr(torch, args.dtype)).save_pretrained(args.output)  # safetensors, config; knows what is tied
     tokenizer.save_pretrained(args.output)
 

@@ -10,6 +10,7 @@ Checked with deepspeed 0.19.8. Source: deepspeed/launcher/launch.py (what happen
 import argparse
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,25 +90,33 @@ class Supervisor:
         self.args, self.words, self.drill, self.asked_to_stop = args, shlex.split(args.command), args.drill, None
         if "--run_dir" not in self.words[:-1]:
             raise UserError(f"no --run_dir in {args.command!r}: without it each launch would begin a new run")
+        if not shutil.which(self.words[0]):
+            raise UserError(f"no program {self.words[0]!r} on the PATH, from {args.command!r}")
         self.run_dir = Path(self.words[self.words.index("--run_dir") + 1])
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._pass_on)
+            signal.signal(number, self._note)
 
-    def _pass_on(self, number: int, frame: object) -> None:
-        """To the ranks alone: a signal to the launcher would end it before they have saved."""
+    def _note(self, number: int, frame: object) -> None:
         self.asked_to_stop = signal.Signals(number)
-        for beat in read_heartbeats(self.run_dir, self.launched).values():
-            os.kill(beat["pid"], signal.SIGTERM)
+
+    def _tell(self, beats: dict[int, dict]) -> None:
+        """Once to each rank, however late it starts; not to the launcher, which would end before they have saved."""
+        for rank in beats.keys() - self.told:
+            self.told.add(rank)
+            with suppress(ProcessLookupError):
+                os.kill(beats[rank]["pid"], signal.SIGTERM)
 
     def run_once(self) -> str | None:
         """Launch, and watch until it ends; return what went wrong, None for a good end."""
         self.launched = time.time()
         job = subprocess.Popen(self.words, start_new_session=True)  # its own process group, to be killed as one
-        problem, last_sign = None, None
+        problem, last_sign, self.told = None, None, set()
         while job.poll() is None:
             time.sleep(POLL_S)
             beats = read_heartbeats(self.run_dir, self.launched)
             self._drill(beats)
+            if self.asked_to_stop:
+                self._tell(beats)
             ended = [rank for rank, beat in beats.items() if process_state(beat["pid"]) == "dead"]
             dead = [rank for rank in ended if beats[rank]["phase"] != "done"]
             silent_s = time.time() - max([self.launched, *(beat["time"] for beat in beats.values())])
@@ -150,10 +159,15 @@ class Supervisor:
             in_a_row, newest = (in_a_row + 1 if found == newest else 1), found  # a new checkpoint: it gets somewhere
             print(f"supervise: {problem} ({ended}); newest checkpoint {found.name if found else 'none'}", flush=True)
             if in_a_row > self.args.max_restarts:
-                raise UserError(f"{in_a_row} launches in a row without a new checkpoint: {problem}")
+                raise UserError(f"{in_a_row - 1} restarts in a row without a new checkpoint: {problem}")
             wait_s = self.args.backoff_s * 2 ** (in_a_row - 1)
             print(f"supervise: restart {in_a_row} of {self.args.max_restarts} in {wait_s:g} s", flush=True)
-            time.sleep(wait_s)
+            ends = time.monotonic() + wait_s
+            while time.monotonic() < ends and not self.asked_to_stop:
+                time.sleep(POLL_S)
+            if self.asked_to_stop:
+                print(f"supervise: asked to stop by {self.asked_to_stop.name}: no restart", flush=True)
+                return
 
 
 def main() -> None:

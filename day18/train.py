@@ -12,12 +12,12 @@ Checked with deepspeed 0.19.8. Source: deepspeed/runtime/engine.py, load_checkpo
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 
 import deepspeed
+import hjson
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
 
-# Copying this script? Take day17/checkpoints.py along, and replace the others with your own data, model and logger.
+# Copying this script? Take the last three of these along, and replace the others with your own data, model and logger.
 from common.cpu import start_without_compiler
 from common.data import held_out_loss, load_corpus, load_tokenizer, to_device
 from common.errors import UserError, clear_errors
@@ -78,13 +78,15 @@ def choose(root: Path, config: dict) -> tuple[Path | None, dict]:
     if found is None:
         print0(f"resume: no checkpoint in {show_path(root)}, starting at step 0")
         return None, {}
-    facts, stage = ckpt.read_manifest(found), config["zero_optimization"]["stage"]
+    facts, stage = ckpt.read_manifest(found), config.get("zero_optimization", {}).get("stage", 0)
     made, now = (facts["ranks"], facts["zero_stage"]), (dist.get_world_size(), stage)
     if made != now:
         universal = root / f"universal_{found.name}"
         change = (
             f"{found.name} was saved by {made[0]} ranks at stage {made[1]}, this run has {now[0]} at stage {now[1]}"
         )
+        if 0 in (made[1], stage):
+            raise UserError(f"{change}: only checkpoints of stages 1 to 3 convert, and only for those stages")
         if problem := ckpt.problem_with(universal):
             raise UserError(f"{change}; first: python day18/convert.py {show_path(root)} ({universal.name}: {problem})")
         print0(f"resume: {change}: loading {universal.name}")
@@ -97,12 +99,16 @@ def choose(root: Path, config: dict) -> tuple[Path | None, dict]:
 def main() -> None:
     args = parse_args()
     require_launcher()
+    if min(args.save_every, args.keep_last) < 1:
+        raise UserError(f"--save_every {args.save_every} --keep_last {args.keep_last}: both must be at least 1")
+    if not Path(args.deepspeed_config).is_file():
+        raise UserError(f"no config file {args.deepspeed_config!r}: look at the path after --deepspeed_config")
+    config = hjson.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"), object_pairs_hook=dict)
     start_without_compiler()
     load_safely()
-    heart = Heartbeat(args.run_dir, int(os.environ["RANK"]))
     stop, root = ckpt.StopSignals(), Path(args.run_dir) / "checkpoints"
+    heart = Heartbeat(args.run_dir, int(os.environ["RANK"]))  # after the handlers: a supervisor may signal from now on
     deepspeed.init_distributed()
-    config = json.loads(Path(args.deepspeed_config).read_text())
     found, facts = choose(root, config)
     universal = found and found.name.startswith("universal_")
     preset = get_preset(args.model)
@@ -132,7 +138,8 @@ def main() -> None:
     ckpt.seed_all(args.seed * 1000 + rank)  # from here on, each rank its own dropout masks
     if found and not universal:  # after iter(DataLoader), which draws a random number; client_state has rank 0's on all
         ckpt.set_random_state(torch.load(found / f"random_rank_{rank}.pt", weights_only=True), engine.device)
-    kept = read_rows(args.run_dir) if found and rank == 0 else []
+    logged = rank == 0 and found and (Path(args.run_dir) / "metrics.jsonl").exists()
+    kept = read_rows(args.run_dir) if logged else []
     log = RunLog(args.run_dir, args.steps, args.log_every, engine.device)
     for row in (row for row in kept if row["step"] <= start):  # metrics.jsonl goes on where the checkpoint was
         log.record(**row)
@@ -148,7 +155,7 @@ def main() -> None:
             local_loss += loss.detach() / accumulation
         log.step(step, local_loss, tokens=accumulation * batch["input_ids"].numel())
         heart.beat(step, "boundary")
-        stopped_by = stop.agreed(engine.device)
+        stopped_by = stop.agreed()
         if step % args.save_every == 0 or step == args.steps or stopped_by:
             held_out = None if stopped_by else held_out_loss(engine, held_out_blocks, engine.device, max_blocks=64)
             save(engine, root, step, args.keep_last, held_out)

@@ -194,8 +194,8 @@ MISTAKES = [
     M("legacy_stage1", cfg(**zero(1, legacy_stage1=True)),
       ("error", "zero_optimization.legacy_stage1", "No longer"), Raises("is not supported in deepspeed >= 0.5.9")),
     # --- types ---
-    M("fp16: true", cfg(fp16=True), ("error", "fp16", "section"), Raises(MUST_BE_MAPPING)),
-    M("zero_optimization: 2", cfg(zero_optimization=2), ("error", "zero_optimization", "section"),
+    M("fp16: true", cfg(fp16=True), ("error", "fp16", '{"enabled": true}'), Raises(MUST_BE_MAPPING)),
+    M("zero_optimization: 2", cfg(zero_optimization=2), ("error", "zero_optimization", '{"stage": 2}'),
       Raises(MUST_BE_MAPPING)),
     M("zero_optimization: true", cfg(zero_optimization=True), ("warning", "zero_optimization", "stage 1"),
       Gives({STAGE: "1"})),
@@ -301,6 +301,8 @@ MISTAKES = [
       ("error", "train_batch_size", "any number of ranks"), Raises("16 != 3 * 2 * 1")),
     M("micro batch above the total", cfg(train_batch_size=2, train_micro_batch_size_per_gpu=3),
       ("error", "train_batch_size", "any number of ranks"), Raises("has to be greater than 0")),
+    M("no multiple on the ranks there are", cfg(train_batch_size=16, train_micro_batch_size_per_gpu=3),
+      ("error", "train_batch_size", "15, or leave"), Raises("16 != 3 * 5 * 1"), {"world_size": 1}),
     M("AutoTP over more ranks than there are", cfg(tensor_parallel={"autotp_size": 2}),
       ("error", "tensor_parallel.autotp_size", "does not divide"), Raises("AssertionError"), {"world_size": 1}),
     # --- "auto" without Hugging Face ---

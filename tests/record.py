@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def main() -> None:
     wall_s = round(time.perf_counter() - start, 1)
     write_results(path, shlex.join(command), exit_code=code, wall_s=wall_s, output=output, rows=rows)
     if rows:
-        plot_loss({" ".join(command): rows}, path.with_suffix(".png"), json.loads(path.read_text())["hardware"])
+        title = f"{textwrap.fill(shlex.join(command), 75)}\n{json.loads(path.read_text())['hardware']}"
+        plot_loss({"": rows}, path.with_suffix(".png"), title)  # no label: a legend would hide a part of one curve
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import common.data
+from common import cpu
 from common.data import TokenBlocks, endless_batches, held_out_loss, load_corpus, load_tokenizer
 from common.errors import UserError, clear_errors
 from common.memory import live_tensor_bytes
@@ -194,6 +196,13 @@ def test_run_log_prints_lines_that_parse_to_the_rows_it_wrote(tmp_path, capsys):
     assert (tmp_path / "loss.png").stat().st_size > 5000 and (tmp_path / "bars.png").stat().st_size > 3000
 
 
+@pytest.mark.parametrize(("num_steps", "log_every"), [(0, 50), (-1, 50), (10, 0)])
+def test_run_log_refuses_numbers_that_cannot_be_logged(tmp_path, num_steps, log_every):
+    with pytest.raises(UserError, match=f"--steps {num_steps} and --log_every {log_every}: both must be at least 1"):
+        RunLog(tmp_path / "run", num_steps, log_every, torch.device("cpu"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_results_name_hardware_versions_command_and_date(tmp_path):
     write_results(tmp_path / "r.json", "python x.py", rows=[1])
     result = json.loads((tmp_path / "r.json").read_text())
@@ -223,6 +232,12 @@ def test_errors_become_one_sentence_and_others_keep_their_traceback(capsys):
     with pytest.raises(SystemExit), clear_errors():
         raise RuntimeError("The server socket has failed to listen (errno: 98 - EADDRINUSE)\nC++ trace")
     assert "--master_port" in capsys.readouterr().err
+    with pytest.raises(SystemExit), clear_errors():
+        Path("/no/such.json").read_text()
+    assert "'/no/such.json' -> look at the path after --deepspeed_config" in capsys.readouterr().err
+    with pytest.raises(SystemExit), clear_errors():
+        json.loads('{"bf16": ')
+    assert "the config is not valid JSON" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a bug"), clear_errors():
         raise RuntimeError("a bug")
 
@@ -234,3 +249,12 @@ def test_tokenizer_file_is_what_its_script_makes():
     assert {"Ġwhale", "ĠAhab", "ĠCongress", "Ġgovernment"} & set(vocabulary)
     digest = hashlib.sha256((ROOT / "data/bpe4096/tokenizer.json").read_bytes()).hexdigest()
     assert digest in (ROOT / "data/SHA256SUMS").read_text()
+
+
+def test_cpu_ranks_end_a_moment_after_gloo(monkeypatch):
+    naps = []
+    monkeypatch.setattr(cpu.atexit, "register", lambda *call: naps.append(call))
+    monkeypatch.setattr(cpu.atexit, "unregister", lambda call: naps.clear())
+    cpu.start_without_compiler()
+    cpu.start_without_compiler()
+    assert naps == ([] if torch.cuda.is_available() else [(time.sleep, 0.3)])

@@ -167,12 +167,17 @@ def test_a_folder_with_a_config_works_offline(tmp_path, monkeypatch):
     ("flags", "sentence"),
     [
         (["--params", "lots", "--gpus", 8, "--gpu_mem", 80], "cannot read 'lots' as a number of parameters"),
+        (["--params", "1e400", "--gpus", 8, "--gpu_mem", 80], "cannot read '1e400' as a number of parameters"),
         (["--params", "0", "--gpus", 8, "--gpu_mem", 80], "cannot read '0' as a number of parameters"),
         (["--gpus", 8, "--gpu_mem", 80], "either --params 7e9 or --model gpt2-xl"),
         (["--params", "7B", "--model", "gpt2", "--gpus", 8, "--gpu_mem", 80], "either --params 7e9 or --model gpt2-xl"),
         (["--model", "gpt2-xxl", "--gpus", 8, "--gpu_mem", 80], "unknown model 'gpt2-xxl'"),
-        (["--params", "7B", "--gpus", 0, "--gpu_mem", 80], "'0' must be a number above 0"),
+        (["--params", "7B", "--gpus", 0, "--gpu_mem", 80], "'0' must be a whole number above 0"),
         (["--params", "7B", "--gpus", 8, "--gpu_mem", -1], "'-1' must be a number above 0"),
+        (["--params", "7B", "--gpus", 8, "--gpu_mem", 80, "--reserve", -5], "--reserve -5: from 0 to less than"),
+        (["--params", "7B", "--gpus", 8, "--gpu_mem", 80, "--reserve", 80], "--reserve 80: from 0 to less than"),
+        (["--model", "gpt2", "--layers", 3, "--gpus", 8, "--gpu_mem", 80], "leave out --layers or use --params"),
+        (["--params", "7B", "--gpus", 8, "--gpu_mem", 80, "--write", "no/such/x.json"], "a folder that exists"),
         (["--params", "1M", "--hidden", 4096, "--gpus", 8, "--gpu_mem", 80], "--layers, --hidden and --vocab"),
     ],
 )

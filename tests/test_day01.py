@@ -56,3 +56,16 @@ def test_plain_training_lowers_the_held_out_loss(tmp_path):
     assert run.held_out[40] < 7.0
     assert "parameters on cpu | batch 16" in run.stdout and (tmp_path / "loss.png").exists()
     assert re.search("sample: ['\"]The whale", run.stdout)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--steps", 0], "--steps 0 and --log_every 50: both must be at least 1"),
+        (["--batch_size", 0], "got batch_size=0 -> a batch has at least one sequence"),
+    ],
+)
+def test_bad_flags_get_one_sentence(flags, sentence, tmp_path):
+    run = run_plain("day01/train.py", "--corpus", "moby_dick", "--run_dir", tmp_path, *flags, check=False)
+    assert run.code == 1 and sentence in error_line(run) and "Traceback" not in run.stderr

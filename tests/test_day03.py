@@ -5,15 +5,13 @@ import re
 
 import pytest
 
-from tests.launch import run_plain, run_ranks
+from tests.launch import free_port, run_plain, run_ranks
 from tests.render import ROOT
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """compare.py over three configs, as a reader runs it: (what it printed, compare.json, its folder)."""
-    from tests.launch import free_port
-
     run_dir = tmp_path_factory.mktemp("compare")
     configs = [f"day03/ds_config{name}.json" for name in ("", "_cosine", "_sgd")]
     flags = ["--configs", *configs, "--steps", 30, "--log_every", 5, "--run_dir", run_dir, "--port", free_port()]
@@ -73,6 +71,19 @@ def test_every_config_is_complete():
     for path in ROOT.glob("day03/*.json"):
         config = json.loads(path.read_text())
         assert {"train_micro_batch_size_per_gpu", "gradient_clipping", "optimizer", "zero_optimization"} <= set(config)
+
+
+@pytest.mark.launch
+def test_compare_refuses_two_configs_of_one_name():
+    run = run_plain("day03/compare.py", "--configs", "day02/ds_config.json", "day03/ds_config.json", check=False)
+    assert run.code == 1 and "two configs are called ds_config: " in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.launch
+def test_a_run_shorter_than_log_every_has_a_speed(tmp_path):
+    flags = ["--configs", "day03/ds_config.json", "--steps", 2, "--run_dir", tmp_path, "--port", free_port()]
+    run_plain("day03/compare.py", *flags)
+    assert json.loads((tmp_path / "compare.json").read_text())["table"][0]["tokens_per_s"] > 0
 
 
 @pytest.mark.launch

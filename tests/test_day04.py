@@ -68,11 +68,20 @@ def test_any_template_trains(tmp_path):
     ("flags", "sentence"),
     [
         (["--set", "zero_optimization.stage"], "is not of the form section.key=value"),
+        (["--set", "gradient_clipping.norm=1"], "gradient_clipping is 1 in the config, not a section with keys"),
         (["--deepspeed_config", "no/such.json"], "no config file 'no/such.json'"),
     ],
 )
 def test_bad_flags_get_one_sentence(flags, sentence):
     assert sentence in error_line(run_ranks("day04/train.py", *flags, check=False))
+
+
+@pytest.mark.launch
+def test_a_key_written_twice_is_refused_as_deepspeed_does(tmp_path):
+    config = tmp_path / "twice.json"
+    config.write_text('{"train_micro_batch_size_per_gpu": 8, "train_micro_batch_size_per_gpu": 4}')
+    run = run_ranks("day04/train.py", "--deepspeed_config", config, check=False)
+    assert "Duplicate keys in DeepSpeed config: ['train_micro_batch_size_per_gpu'] -> keep one" in error_line(run)
 
 
 @pytest.mark.launch

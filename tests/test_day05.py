@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.launch import run_day, run_ranks
+from tests.launch import error_line, run_day, run_ranks
 from tests.render import ROOT
 
 NUM_PARAMS = 937_472
@@ -64,3 +64,10 @@ def test_a_bucket_larger_than_the_model_is_pointed_out(tmp_path):
     flags = ["--deepspeed_config", tmp_path / "config.json", "--steps", 1, *CORPUS, "--run_dir", tmp_path]
     run = run_ranks("day05/train.py", *flags)
     assert "note: a bucket of 500,000,000 elements, larger than the model, is held in full" in run.stdout
+
+
+@pytest.mark.launch
+def test_stage_3_gets_one_sentence(tmp_path):
+    flags = ["--deepspeed_config", "day07/ds_config.json", *CORPUS, "--run_dir", tmp_path]
+    run = run_ranks("day05/train.py", *flags, check=False)
+    assert error_line(run) == "zero stage 3 in day07/ds_config.json: this day takes 0 to 2, stage 3 is day 07"

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.launch import run_day, run_ranks
+from tests.launch import error_line, run_day, run_ranks
 
 ALL_GRADIENTS = 17_094_656  # bytes, fp32, preset mini
 
@@ -64,3 +64,20 @@ def test_compare_counts_what_the_arithmetic_says(tmp_path):
         losses = [row["losses"] for key, row in rows.items() if key[1] == accumulation]
         assert all(other == pytest.approx(losses[0], abs=1e-5) for other in losses)
     assert (tmp_path / "gradient_bytes.png").exists() and (tmp_path / "sent_bytes.png").exists()
+
+
+@pytest.mark.launch
+def test_a_stage_without_gradient_buckets_gets_one_sentence(tmp_path):
+    flags = ["--deepspeed_config", "day05/ds_config_zero0.json", "--run_dir", tmp_path]
+    run = run_ranks("day06/train.py", *flags, check=False)
+    assert error_line(run) == "zero stage 0 in day05/ds_config_zero0.json: this day needs 1 or 2"
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("script", "steps"),
+    [("day06/compare.py", 3), ("day07/compare.py", 5), ("day07/speed.py", 4), ("day10/compare.py", 2)],
+)
+def test_steps_too_few_to_time_get_one_sentence(script, steps, tmp_path):
+    run = run_ranks(script, "--steps", steps, "--run_dir", tmp_path, check=False)
+    assert error_line(run).startswith(f"--steps {steps}: ")

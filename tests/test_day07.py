@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.launch import error_line, run_day, run_ranks
+from tests.launch import error_line, run_day, run_plain, run_ranks
 from tests.render import ROOT
 
 NUM_PARAMS = 937_472
@@ -74,6 +74,27 @@ def test_bytes_sent_follow_the_arithmetic(compared):
 
 
 @pytest.mark.launch
+def test_one_limit_alone_frees_no_weight_of_a_small_model(tmp_path):
+    """compare.py with ds_config_tight.json, and with either of its two limits left at the default."""
+    tight = json.loads((ROOT / "day07/ds_config_tight.json").read_text())
+    paths = {"zero3": str(ROOT / "day07/ds_config_tight.json")}
+    for case, limit in (("zero3_leaf", "stage3_max_live_parameters"), ("zero3_tight", "stage3_max_reuse_distance")):
+        zero = {key: value for key, value in tight["zero_optimization"].items() if key != limit}
+        paths[case] = str(tmp_path / f"{case}.json")
+        (tmp_path / f"{case}.json").write_text(json.dumps(tight | {"zero_optimization": zero}))
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'day07')!r})\nimport compare\n"
+        f"compare.CONFIGS.update({paths!r})\ncompare.main()\n"
+    )
+    run_ranks(script, "--cases", *paths, "--steps", 6, "--run_dir", tmp_path, ranks=2)
+    both, only_reuse, only_live = json.loads((tmp_path / "compare.json").read_text())["table"]
+    unit = 4 * NUM_PARAMS / 2
+    assert both["sent_bytes"] / unit > 4
+    assert [row["sent_bytes"] / unit for row in (only_reuse, only_live)] == pytest.approx([2, 2], rel=0.02)
+
+
+@pytest.mark.launch
 def test_bf16_stays_within_its_band(tmp_path):
     cases = ["ddp", "zero1", "zero3"]
     run_ranks("day07/compare.py", "--bf16", "--cases", *cases, "--steps", 6, "--run_dir", tmp_path, ranks=2)
@@ -98,6 +119,12 @@ def test_speed_changes_what_it_names_and_nothing_else(tmp_path):
     assert rows["leaf"]["num_hooks"] < rows["defaults"]["num_hooks"] / 2
     assert rows["leaf_live"]["zero_optimization"].items() >= rows["leaf"]["zero_optimization"].items()
     assert "contiguous_gradients" in rows["leaf_copies"]["zero_optimization"]
+
+
+@pytest.mark.launch
+def test_speed_looks_only_into_what_it_trains():
+    run = run_plain("day07/speed.py", "--cases", "zero2", "--profile", "leaf", check=False)
+    assert error_line(run).startswith("--profile leaf: only a case that is trained; add it to --cases")
 
 
 @pytest.mark.launch

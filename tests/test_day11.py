@@ -245,8 +245,10 @@ def test_fp16_is_refused_where_deepspeed_finds_no_fp16_arithmetic(tmp_path):
         ({"bf16": {"enabled": True}}, "fp16 and bf16 are both on"),
         ({"fp16": {"enabled": True, "loss_scale": -2}}, "-2 is out of range (must be >= 0)"),
         ({"zero_optimization": {"stage": 0}}, "they arrive that much too small"),
+        ({"fp16": {}, "bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}, "Adam's step count starts at 1"),
+        ({"fp16": {}, "torch_autocast": {"enabled": True, "dtype": "torch.float16"}}, "float16 autocast with ZeRO"),
     ],
-    ids=["both", "negative", "zero0"],
+    ids=["both", "negative", "zero0", "bf16_zero0", "autocast_zero1"],
 )
 def test_bad_configs_get_one_sentence(changes, sentence, tmp_path):
     config = json.loads((ROOT / "day11/ds_config_fp16.json").read_text()) | changes

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from day17 import checkpoints as ckpt
 from tests.launch import ROOT, _rank, error_line, free_port, run_day, run_ranks
@@ -91,6 +92,24 @@ def test_a_file_that_nobody_published_is_not_loaded(saved, tmp_path):
 def test_a_used_folder_gets_one_sentence(saved):
     run = run_ranks("day17/train.py", "--run_dir", saved[1].parent, *FLAGS, ranks=1, check=False)
     assert "has checkpoints: take another --run_dir" in error_line(run)
+
+
+@pytest.mark.launch
+def test_numbers_below_one_get_one_sentence(tmp_path):
+    for script in ("day17/train.py", "day18/train.py"):  # --keep_last 0 would remove the checkpoint just saved
+        for flag, value in (("--save_every", 0), ("--keep_last", -1)):
+            run = run_ranks(script, flag, value, "--run_dir", tmp_path, check=False)
+            assert f"{flag} {value}" in error_line(run) and "both must be at least 1" in error_line(run)
+
+
+@pytest.mark.launch
+def test_what_an_earlier_kill_left_does_not_get_into_a_checkpoint(tmp_path):
+    # of a run on four ranks
+    left = tmp_path / "checkpoints/partial_step000002/zero_pp_rank_3_mp_rank_00_optim_states.pt"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    run_ranks("day17/train.py", "--steps", 2, *FLAGS, "--run_dir", tmp_path)
+    assert left.name not in ckpt.read_manifest(tmp_path / "checkpoints/step000002")["files"]
 
 
 def publish_one(root: Path, step: int, held_out_loss: float | None, content: bytes = b"weights") -> None:
@@ -227,6 +246,19 @@ def test_a_signal_to_one_rank_saves_on_all_and_ends(number, tmp_path):
     found, _ = ckpt.newest_good(tmp_path / "checkpoints")
     step = int(found.name[4:])
     assert f"stopped by {number.name} after step {step}, which is saved" in (tmp_path / "stdout").read_text()
+
+
+def test_ranks_on_gpus_agree_through_gloo_where_no_host_waits_for_a_gpu(monkeypatch):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(dist, "get_backend", lambda group=None: "nccl" if group is None else "gloo")
+        monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+        stop = ckpt.StopSignals()
+        assert stop.agreed() is None and stop.group is not dist.group.WORLD
+        stop.seen, group = signal.SIGUSR1.value, stop.group
+        assert stop.agreed() == "SIGUSR1" and stop.group is group
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.launch

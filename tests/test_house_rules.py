@@ -29,11 +29,34 @@ LONGER = {
     "day12/oom.py": "the ladder of cures, trial by trial, with table and plots",
     "day12/trial.py": "one program for every cure and for a memory limit on CPU and GPU",
     "day12/resources.py": "three meters of resource use and their report",
+    "day15/schedule.py": "reads DeepSpeed's schedules, plays them through a clock, draws them as text and picture",
+    "day15/bubble.py": "a layer that sleeps, two schedules on the real engine: time, memory, bytes beside the formula",
+    "day15/break_it.py": "twenty mistakes, one after the other, and what DeepSpeed says to each",
+    "day15/exercise.py": "four parts to check, the last as a real pipeline",
+    "day16/gpt2_pipe.py": "the whole model as layers, weights in and out, the profile, the cut, the clock",
+    "day16/train.py": "any cut, the tied ranks, each stage's time, a checkpoint to convert",
+    "day16/balance.py": "profiles layers, compares cuts by turns, draws both",
+    "day16/compare.py": "pipelines and ZeRO measured alike: speed, waiting, bytes held",
+    "day16/verify.py": "eleven cases against the whole model: losses, weights, copies, files",
+    "day16/exercise.py": "three answers to check, one of them by training a pipeline",
     "day17/checkpoints.py": "the module that readers copy: publish, verify, choose, keep",
     "day17/compare.py": "sixteen ways to save, and what DeepSpeed refuses",
     "day17/train.py": "saves every N steps, on signals, the last K and the best",
     "day18/train.py": "chooses, loads safely, resizes, goes on with data and log",
     "day18/supervise.py": "watches, names the rank, restarts with back-off",
+    "day22/chat_data.py": "the module that readers copy: read, template, mask, split, batch, held-out loss",
+    "day22/pretrained.py": "a model by name: the shipped one, presets, folders, the hub, each error in a sentence",
+    "day22/train.py": "loads in parts, freezes, groups, weighs tokens, answers, saves at every stage",
+    "day22/train_hf.py": "the Trainer with our batches, our log line, and what auto became",
+    "day23/train.py": "LoRA and QLoRA, what each rank holds, and the save that gathers",
+    "day23/compare.py": "two methods with a sweep each, measured alike: bytes, speed, held-out loss, forgetting",
+    "day23/frozen.py": "a frozen base at two stages: bytes, checkpoints, resume, and the traps",
+    "day23/speed.py": "two loops that take turns on the same batches",
+    "day25/train.py": "three stages from one config, each skipped when it is done",
+    "day26/kill_test.py": "kills a run in every stage, sees from outside when each begins, compares what comes out",
+    "day27/prometheus.py": "the shipped rules on a faster clock, and a real Prometheus to ask",
+    "day27/watch.py": "starts run and Prometheus, follows the alerts, judges them by their stated times",
+    "day28/load.py": "starts the server, sends the load, measures waiting and memory, draws it",
 }
 MAX_SCRIPT_LINES, MAX_COMMON_LINES = 120, 500  # common/: lines that are not blank
 # The base flags: the same meaning in every training script.
@@ -88,7 +111,10 @@ def test_common_stays_small_and_free_of_deepspeed():
 @pytest.mark.parametrize("day", sorted({script.parent.name for script in SCRIPTS}))
 def test_make_runs_every_day(day):
     dry = subprocess.run(["make", "--dry-run", day], cwd=ROOT, capture_output=True, text=True)
-    assert dry.returncode == 0 and re.search(rf"\.venv/bin/\S+ .*{day}/\w+\.py", dry.stdout), dry.stdout + dry.stderr
+    found = re.findall(rf"\.venv/bin/(\S+) .*?({day}/\w+\.py)", dry.stdout)
+    assert dry.returncode == 0 and found, dry.stdout + dry.stderr
+    for program, script in found:  # what starts ranks itself has no --local_rank, which the launcher would add
+        assert (program == "deepspeed") == ("--local_rank" in (ROOT / script).read_text()), f"{program} {script}"
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed: sudo apt-get install make")

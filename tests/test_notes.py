@@ -11,6 +11,7 @@ from tests.render import ROOT, pages, render
 
 PAGES = pages()
 NOTES = sorted(ROOT.glob("day[0-9][0-9]/notes.md"))
+FOLDERS = r"(?:day\d\d|capstone|config|data|tests|common)"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 TARGETS = set(re.findall(r"^([\w-]+)%?:", (ROOT / "Makefile").read_text(), re.M))
 # The options of the `deepspeed` launcher that the course uses; test_launcher_options_exist asks the launcher itself.
@@ -70,7 +71,7 @@ def test_commands_name_scripts_flags_and_files_that_exist(page):
             assert used <= set(flags_of(ROOT / script)), (
                 f"{command}: {script} has no {used - set(flags_of(ROOT / script))}"
             )
-        for path in re.findall(r"(?:day\d\d|config|data|tests|common)/[\w./-]+\.(?:json|py|txt|xz|sh)", command):
+        for path in re.findall(rf"{FOLDERS}/[\w./-]+\.(?:json|py|txt|xz|sh|yaml)", command):
             assert (ROOT / path).exists() or "/my" in path, f"{command}: no {path}"
 
 
@@ -83,7 +84,7 @@ def test_json_parses_and_links_and_paths_lead_somewhere(page):
     prose = without_fences(text)
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", prose):
         assert target.startswith("https://") or (page.parent / target).exists(), f"broken link {target}"
-    for path in re.findall(r"`((?:day\d\d|config|data|tests|common)/[\w./-]+\.\w+)`", prose):
+    for path in re.findall(rf"`({FOLDERS}/[\w./-]+\.\w+)`", prose):
         assert (ROOT / path).exists(), f"{path} is mentioned and does not exist"
 
 
