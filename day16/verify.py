@@ -53,6 +53,7 @@ CASES = {
     "uniform": {"method": "uniform"},
     "type:GPT2Block": {"method": "type:GPT2Block"},
     "balanced": {"method": "balanced"},
+    "head alone": {"method": "head alone"},
     "one stage": {"stages": 1},
     "checkpointed": {"interval": 1},
     "zero 1": {"config": ZERO_1},
@@ -128,6 +129,9 @@ def main() -> None:
         method = case["method"]
         if method == "balanced":
             method = best_balanced(profile_layers(shape, 1, repeats=3), case["stages"])
+        elif method == "head alone":  # as uneven as it gets: one layer for each stage but the first
+            last = len(layer_names(shape)) - case["stages"] + 1
+            method = "parts:" + ",".join(map(str, [0, *range(last, len(layer_names(shape)) + 1)]))
         module = CutPipeline(
             layer_specs(shape, case["tied"]),
             num_stages=case["stages"],

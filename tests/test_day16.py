@@ -41,9 +41,10 @@ def assert_like_the_whole_model(row: dict) -> None:
 
 @pytest.mark.launch
 def test_every_cut_trains_like_the_whole_model(two):
-    for case in ("parameters", "uniform", "type:GPT2Block", "balanced", "one stage", "checkpointed", "sgd"):
+    cuts = ("parameters", "uniform", "type:GPT2Block", "balanced", "head alone")
+    for case in (*cuts, "one stage", "checkpointed", "sgd"):
         assert_like_the_whole_model(two[case])
-    assert two["balanced"]["parts"] not in (two["uniform"]["parts"], two["parameters"]["parts"])
+    assert (two["uniform"]["parts"], two["head alone"]["parts"]) == ([0, 4, 8], [0, 7, 8])
     assert two["one stage"]["pipelines"] == 2 and two["parameters"]["copies"] == 2
     assert two["checkpointed"]["losses"] == pytest.approx(two["parameters"]["losses"], abs=1e-6)
 
@@ -112,7 +113,7 @@ def test_the_balanced_cut_is_faster(tmp_path):
     theirs, ours = result["table"]  # on two stages of tiny, DeepSpeed's three methods come to the same cut
     assert theirs["cut"] == "uniform = parameters = type:GPT2Block" and ours["cut"] == "balanced"
     assert theirs["slowest_s"] > 1.1 * ours["slowest_s"]  # 1.48 was measured
-    assert theirs["slowest_by_fastest"] > 1.5 > 1.4 > ours["slowest_by_fastest"]  # 2.61 and 1.03
+    assert theirs["slowest_by_fastest"] > 1.2 * ours["slowest_by_fastest"]  # 2.61 and 1.03
     assert (tmp_path / "layers.png").exists() and (tmp_path / "stages.png").exists()
 
 

@@ -37,7 +37,7 @@ LONGER = {
     "day16/train.py": "any cut, the tied ranks, each stage's time, a checkpoint to convert",
     "day16/balance.py": "profiles layers, compares cuts by turns, draws both",
     "day16/compare.py": "pipelines and ZeRO measured alike: speed, waiting, bytes held",
-    "day16/verify.py": "eleven cases against the whole model: losses, weights, copies, files",
+    "day16/verify.py": "twelve cases against the whole model: losses, weights, copies, files",
     "day16/exercise.py": "three answers to check, one of them by training a pipeline",
     "day17/checkpoints.py": "the module that readers copy: publish, verify, choose, keep",
     "day17/compare.py": "sixteen ways to save, and what DeepSpeed refuses",
