@@ -13,7 +13,7 @@ from common.errors import UserError, clear_errors
 from common.model import build_model, get_preset
 from day15.schedule import GPipeSchedule, as_text, in_flight, play, read_schedule
 from day15.volume import num_parameters, volume
-from tests.launch import error_line, run_day, run_plain, run_ranks
+from tests.launch import error_line, measure_again, run_day, run_plain, run_ranks
 
 SHAPES = [(p, m) for p in (1, 2, 3, 4, 5, 8) for m in (1, 2, 3, 4, 8, 16)]
 STEPS = 10
@@ -154,6 +154,7 @@ def test_stages_that_do_not_divide_the_ranks_get_one_sentence():
 
 
 @pytest.mark.launch
+@measure_again
 def test_the_engine_takes_as_long_and_keeps_as_much_as_the_schedule_says(tmp_path):
     flags = ["--micro_batches", 6, "--steps", 1, "--run_dir", tmp_path]
     run_ranks("day15/bubble.py", *flags, ranks=3)

@@ -12,7 +12,7 @@ from deepspeed.runtime.utils import partition_balanced
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from day16.gpt2_pipe import CutPipeline, best_parts, head, shape_of
-from tests.launch import error_line, run_day, run_plain, run_ranks
+from tests.launch import error_line, measure_again, run_day, run_plain, run_ranks
 
 TIED = ["parameters", "sgd, zero 1, clipped"]
 
@@ -107,6 +107,7 @@ def test_training_then_convert_gives_the_same_held_out_loss(tmp_path):
 
 
 @pytest.mark.launch
+@measure_again
 def test_the_balanced_cut_is_faster(tmp_path):
     run_ranks("day16/balance.py", "--steps", 4, "--rounds", 2, "--run_dir", tmp_path, ranks=2)
     result = json.loads((tmp_path / "balance.json").read_text())
@@ -118,6 +119,7 @@ def test_the_balanced_cut_is_faster(tmp_path):
 
 
 @pytest.mark.launch
+@measure_again
 def test_waiting_falls_with_the_micro_batches(tmp_path):
     flags = ["--micro_batches", 1, 8, "--zero", 3, "--steps", 1, "--run_dir", tmp_path]
     run_ranks("day16/compare.py", *flags, ranks=2)
