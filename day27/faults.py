@@ -33,7 +33,8 @@ EXPECTED = {
     "kill": "RankLost",  # the last rank gets SIGKILL
 }
 # What a fault may set off besides, and rightly: DeepSpeed skips steps with NaN gradients, in fp32 too.
-FOLLOWS = {"nan": {"OverflowStreak"}, "diverge": {"LossNaN", "OverflowStreak"}}
+# (A diverging model trained at a quarter of its speed on an Intel CPU: subnormal numbers, it seems.)
+FOLLOWS = {"nan": {"OverflowStreak"}, "diverge": {"LossNaN", "OverflowStreak", "ThroughputDrop"}}
 NUMBER = r"(\d+(?:\.\d+)?)"
 SPEC = re.compile(rf"({'|'.join(EXPECTED)})@{NUMBER}(?:-{NUMBER})?")
 LEARNING_RATE, LATE_S, GROWTH_BYTES = 3.0, 1.0, 2**28
