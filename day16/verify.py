@@ -130,8 +130,8 @@ def main() -> None:
         if method == "balanced":
             method = best_balanced(profile_layers(shape, 1, repeats=3), case["stages"])
         elif method == "head alone":  # as uneven as it gets: one layer for each stage but the first
-            last = len(layer_names(shape)) - case["stages"] + 1
-            method = "parts:" + ",".join(map(str, [0, *range(last, len(layer_names(shape)) + 1)]))
+            layers = len(layer_names(shape))
+            method = "parts:" + ",".join(map(str, [0, *range(layers - case["stages"] + 1, layers + 1)]))
         module = CutPipeline(
             layer_specs(shape, case["tied"]),
             num_stages=case["stages"],
