@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -50,8 +51,9 @@ def parse_args() -> argparse.Namespace:
 def ask_to_stop(job: subprocess.Popen) -> None:
     """SIGTERM to the ranks, as a scheduler does: they save and end well. (To the launcher it would mean: kill them.)"""
     for process in psutil.Process(job.pid).children(recursive=True):
-        if any(word.startswith("--local_rank=") for word in process.cmdline()):
-            process.terminate()
+        with suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            if any(word.startswith("--local_rank=") for word in process.cmdline()):
+                process.terminate()
 
 
 def watch(prometheus: Prometheus, job: subprocess.Popen, args: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ from common.data import load_tokenizer
 from common.errors import UserError
 from common.model import build_model
 from day17.checkpoints import problem_with, read_manifest
+from day26.kill_test import kill, safe_cmdline, tree
 from tests.launch import DEEPSPEED, PATH, free_port, run_day, run_ranks
 
 NEEDS = "day 28's packages are not here: pip install -r day28/requirements.txt"
@@ -362,8 +363,8 @@ def server(exported):
 
 
 def memory_mib(process) -> float:
-    tree = psutil.Process(process.pid)
-    return sum(one.memory_info().rss for one in [tree, *tree.children(recursive=True)]) / 2**20
+    root = psutil.Process(process.pid)
+    return sum(one.memory_info().rss for one in [root, *root.children(recursive=True)]) / 2**20
 
 
 @pytest.mark.launch
@@ -595,23 +596,19 @@ def test_killed_while_it_exports_or_serves_the_same_command_ends_with_the_same_m
             path = folder / stage
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
-        tree = psutil.Process(process.pid)
 
-        def reached(moment=moment, tree=tree) -> bool:
+        def reached(moment=moment, process=process) -> bool:
             if moment == "a server":
-                return any(
-                    "capstone.serve" in one.cmdline() for one in tree.children(recursive=True) if one.is_running()
-                )
+                return any("capstone.serve" in safe_cmdline(one) for one in tree(process))
             return (folder / moment).exists()
 
         ends = time.monotonic() + 120
         while process.poll() is None and not reached() and time.monotonic() < ends:
             time.sleep(0.01)
-        below = tree.children(recursive=True)
-        for one in [tree, *below]:
-            one.kill()
+        victims = tree(process)
+        kill(victims)
         process.wait()
-        psutil.wait_procs(below, 10)
+        psutil.wait_procs(victims, 10)
     again = run_day("day28/train.py", *command[6:])
     assert "train: done already" in again.stdout and problem_with(folder / "export") is None
     before, after = (AutoModelForCausalLM.from_pretrained(folder / name).state_dict() for name in ("model", "export"))
