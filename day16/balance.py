@@ -48,6 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     parser.add_argument("--run_dir", default=default_run_dir("day16"), help="folder for metrics.jsonl and plots")
     parser.add_argument("--model", default="tiny", help="preset of common/model.py")
+    parser.add_argument("--micro_batch", type=int, help="sequences of a micro-batch, in place of the config's number")
     parser.add_argument("--num_layers", type=int, help="blocks, in place of the preset's number")
     parser.add_argument("--stages", type=int, help="stages of the pipeline; must divide the ranks (default: all ranks)")
     return parser.parse_args()
@@ -60,6 +61,8 @@ def main() -> None:
         raise UserError(
             f"--steps {args.steps} --rounds {args.rounds}: 2 steps (the first warms up) and 1 round at least"
         )
+    if args.micro_batch is not None and args.micro_batch < 1:
+        raise UserError(f"--micro_batch {args.micro_batch}: a micro-batch has 1 sequence at least")
     start_without_compiler()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU
     deepspeed.init_distributed()
@@ -67,7 +70,9 @@ def main() -> None:
     config.pop("scheduler", None)
     if get_accelerator().device_name() != "cpu":
         config["optimizer"]["params"].pop("torch_adam", None)  # FusedAdam, compiled on first use
-    stages, micro_batch = args.stages or dist.get_world_size(), config["train_micro_batch_size_per_gpu"]
+    micro_batch = args.micro_batch or config["train_micro_batch_size_per_gpu"]
+    config["train_micro_batch_size_per_gpu"] = micro_batch
+    stages = args.stages or dist.get_world_size()
     vocab_size = len(load_tokenizer(get_preset(args.model).tokenizer))
     shape = gpt2.shape_of(args.model, vocab_size, args.num_layers)
     device = torch.device(get_accelerator().current_device_name())

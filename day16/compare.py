@@ -50,6 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     parser.add_argument("--run_dir", default=default_run_dir("day16"), help="folder for metrics.jsonl and plots")
     parser.add_argument("--model", default="tiny", help="preset of common/model.py")
+    parser.add_argument("--micro_batch", type=int, help="sequences of a micro-batch, in place of the config's number")
     return parser.parse_args()
 
 
@@ -102,6 +103,8 @@ def main() -> None:
     require_launcher()
     if min(args.steps, *args.micro_batches) < 1:
         raise UserError(f"--steps {args.steps} --micro_batches {min(args.micro_batches)}: both start at 1")
+    if args.micro_batch is not None and args.micro_batch < 1:
+        raise UserError(f"--micro_batch {args.micro_batch}: a micro-batch has 1 sequence at least")
     start_without_compiler()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU
     deepspeed.init_distributed()
@@ -110,7 +113,8 @@ def main() -> None:
     config.pop("scheduler", None)
     if get_accelerator().device_name() != "cpu":
         config["optimizer"]["params"].pop("torch_adam", None)  # FusedAdam, compiled on first use
-    micro_batch = config["train_micro_batch_size_per_gpu"]
+    micro_batch = args.micro_batch or config["train_micro_batch_size_per_gpu"]
+    config["train_micro_batch_size_per_gpu"] = micro_batch
     vocab_size = len(load_tokenizer(get_preset(args.model).tokenizer))
     shape = gpt2.shape_of(args.model, vocab_size)
     with device:  # weights are drawn there, which takes a GPU seconds and a CPU minutes

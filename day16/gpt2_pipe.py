@@ -5,9 +5,10 @@ A module, nothing to start: `day16/train.py`, `day16/balance.py`, `day16/compare
 Checked with deepspeed 0.19.8 and transformers 5.20. Source: deepspeed/runtime/pipe/module.py; issue DeepSpeed 2974.
 """
 
+import math
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -136,17 +137,26 @@ def best_parts(costs: list[float], num_stages: int) -> list[int]:
     """Cut `costs` into `num_stages` runs of layers so that the largest sum is as small as it can be.
 
     The slowest stage sets the pace of a pipeline: that is what to minimise. (DeepSpeed's own partition_balanced looks
-    for the smallest *difference* between largest and smallest sum.) best[n] is the answer for the first n layers.
+    for the smallest *difference* between largest and smallest sum.) Of the cuts with that pace it takes the one whose
+    smallest sum is largest.
     """
     if num_stages > len(costs):
         raise UserError(f"{len(costs)} layers do not fill {num_stages} stages")
-    best = {n: (sum(costs[:n]), [0, n]) for n in range(1, len(costs) + 1)}  # one stage
-    for stage in range(2, num_stages + 1):
-        best = {
-            n: min((max(best[k][0], sum(costs[k:n])), [*best[k][1], n]) for k in range(stage - 1, n))
-            for n in range(stage, len(costs) + 1)
-        }
-    return best[len(costs)][1]
+
+    def divide(choose: Callable, join: Callable, start: float, limit: float) -> tuple[float, list[int]]:
+        """Dynamic programming: best[n] is the best cut of the first n layers, first into one stage, then into two."""
+        best = {0: (start, [0])}
+        for _ in range(num_stages):
+            ways = {}
+            for value, parts in best.values():
+                for n in range(parts[-1] + 1, len(costs) + 1):
+                    if (cost := sum(costs[parts[-1] : n])) <= limit:
+                        ways.setdefault(n, []).append((join(value, cost), [*parts, n]))
+            best = {n: choose(found) for n, found in ways.items()}
+        return best[len(costs)]
+
+    pace, _ = divide(min, max, start=0.0, limit=math.inf)
+    return divide(max, min, start=math.inf, limit=pace)[1]
 
 
 def profile_layers(
@@ -155,6 +165,7 @@ def profile_layers(
     """Seconds of one micro-batch forward and backward through each layer, the head with its loss. Collective.
 
     All ranks measure at once, as they will train at once, and the mean counts: every rank must come to the same cut.
+    The blocks are alike: each counts as their median, or noise would choose where to cut.
     """
     accelerator = get_accelerator()
     device = torch.device(accelerator.current_device_name())
@@ -179,7 +190,9 @@ def profile_layers(
         del layer, forward, outputs, inputs
     total = torch.tensor(costs, device=device)
     dist.all_reduce(total)
-    return (total / dist.get_world_size()).tolist()
+    costs, blocks = (total / dist.get_world_size()).tolist(), [spec.typename is GPT2Block for spec in specs]
+    block = median(seconds for seconds, is_block in zip(costs, blocks, strict=True) if is_block)
+    return [block if is_block else seconds for seconds, is_block in zip(costs, blocks, strict=True)]
 
 
 def best_balanced(costs: list[float], num_stages: int) -> str:
