@@ -4,9 +4,12 @@ From the repository root, on one GPU (on one CPU process it runs with what a CPU
 
     deepspeed --num_accelerators 1 day12/speed.py --model gpt2 --batch_size 32
     deepspeed --num_accelerators 1 day12/speed.py --steps 6 --window 2 --cases hf lean torch
+    git clone https://github.com/karpathy/nanoGPT ../nanoGPT
+    deepspeed --num_accelerators 1 day12/speed.py --model gpt2 --batch_size 32 --turns 21 --nanogpt ../nanoGPT
 
 Expect a table: tokens/s, MFU, peak memory and the loss, a rung a line; then the last rung and PyTorch's loop take turns
-for a fair ratio, with the largest difference of their losses. Each rung keeps the changes of those before it.
+for a fair ratio, with the largest difference of their losses. Each rung keeps the changes of those before it. nanoGPT,
+where you have a clone of it, is measured in the same run.
 Checked with deepspeed 0.19.8. Source: deepspeed/runtime/engine.py (_take_model_step, allreduce_gradients).
 """
 
@@ -27,6 +30,7 @@ from baseline_torch import ADAMW, build_torch
 from deepspeed.accelerator import get_accelerator
 from gpt import GPT, build_gpt
 from resources import peak_flops
+from torch.nn.functional import pad
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, DistributedSampler
 from train import parameter_groups
@@ -37,7 +41,7 @@ sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path
 from common.cpu import start_without_compiler
 from common.data import endless_batches, load_corpus, load_tokenizer, to_device
 from common.errors import UserError, clear_errors
-from common.model import build_model, get_preset
+from common.model import Preset, build_model, get_preset
 from common.plots import plot_bars
 from common.ranks import print0, require_launcher
 from common.results import this_command, write_results
@@ -66,6 +70,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--turns", type=int, default=0, help="windows that the last rung and PyTorch's loop take by turns"
     )
+    parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT, to measure its model and step as well")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences a rank and optimizer step")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps (not micro-batches)")
     parser.add_argument("--window", type=int, default=10, help="steps between two looks at the clock")
@@ -86,11 +91,40 @@ def changes_of(case: str) -> dict:
             return changes
 
 
+def build_nanogpt(folder: str, preset: Preset, vocab_size: int, device: torch.device):
+    """Return (train_step(batch) -> loss, the model): nanoGPT's model.py, trained as its train.py does on one GPU."""
+    sys.path.append(folder)
+    from model import GPT as NanoGPT
+    from model import GPTConfig
+
+    shape = {"n_layer": preset.num_layers, "n_head": preset.num_heads, "n_embd": preset.hidden}
+    padded = -(-vocab_size // 64) * 64  # as its config has it
+    config = GPTConfig(block_size=preset.block_size, vocab_size=padded, dropout=0.0, bias=False, **shape)
+    model = NanoGPT(config).to(device)
+    optimizer = model.configure_optimizers(ADAMW["weight_decay"], ADAMW["lr"], ADAMW["betas"], device.type)
+    forward = torch.compile(model) if device.type == "cuda" else model
+
+    def train_step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        ids = batch["input_ids"]
+        with torch.autocast(device.type, torch.bfloat16):
+            _, loss = forward(ids, pad(ids[:, 1:], (0, 1), value=-1))  # it wants targets shifted; -1 does not count
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return train_step, model
+
+
 def build(case: str, vocab_size: int, args: argparse.Namespace, device: torch.device):
     """Return (train_step(batch) -> loss, the model) of a case."""
     on_cuda = device.type == "cuda"
-    on = changes_of(BASELINES.get(case, case))
     torch.manual_seed(args.seed)
+    if case == "nanogpt":
+        torch.compiler.reset()
+        return build_nanogpt(args.nanogpt, get_preset(args.model), vocab_size, device)
+    on = changes_of(BASELINES.get(case, case))
     with device:
         model = build_gpt(args.model, vocab_size) if "lean" in on else build_model(args.model, vocab_size)
     model.fused_loss, model.narrow_stream = "fused_loss" in on and on_cuda, "narrow_stream" in on
@@ -173,6 +207,8 @@ def main() -> None:
         raise UserError(
             f"--steps {args.steps} --window {args.window}: take two windows or more, the first does not count"
         )
+    if args.nanogpt and not Path(args.nanogpt, "model.py").exists():
+        raise UserError(f"--nanogpt {args.nanogpt}: no model.py there; git clone https://github.com/karpathy/nanoGPT")
     if args.turns == 1:
         raise UserError("--turns 1: take 2 or more, the first does not count")
     start_without_compiler()
@@ -199,9 +235,9 @@ def main() -> None:
         rate = tokens / median(seconds)  # of one rank
         return {"tokens_per_s": rate, "mfu": rate * flops / peak if peak else None}
 
-    table = []
+    table, extra = [], ["nanogpt"] if args.nanogpt else []
     print0(f"{'case':16}{'tok/s/rank':>12}{'MFU':>8}{'peak GiB':>10}{'last loss':>11}")
-    for case in args.cases:
+    for case in [*args.cases, *extra]:
         get_accelerator().reset_peak_memory_stats()
         train_step, model = build(case, len(tokenizer), args, device)
         batches = new_batches()
@@ -227,7 +263,7 @@ def main() -> None:
         get_accelerator().empty_cache()
 
     if args.turns:
-        steps = {case: build(case, len(tokenizer), args, device)[0] for case in ("torch", "no_average")}
+        steps = {case: build(case, len(tokenizer), args, device)[0] for case in ("torch", "no_average", *extra)}
         data, losses, seconds = {case: new_batches() for case in steps}, {c: [] for c in steps}, {c: [] for c in steps}
         for turn in range(args.turns):
             for case, train_step in steps.items():
@@ -235,7 +271,10 @@ def main() -> None:
                 losses[case] += new_losses
                 seconds[case] += times if turn else []
         pair = {case: speed_of(seconds[case]) | {"losses": losses[case], "window_s": seconds[case]} for case in steps}
-        ratio = median(a / b for a, b in zip(seconds["torch"], seconds["no_average"], strict=True))
+        ratio, *beside_nanogpt = [
+            median(a / b for a, b in zip(seconds[other], seconds["no_average"], strict=True))
+            for other in ("torch", *extra)
+        ]
         apart = max(abs(a - b) for a, b in zip(losses["torch"], losses["no_average"], strict=True))
         for case in steps:
             print0(f"{case:16}{pair[case]['tokens_per_s']:12,.0f} tok/s, last loss {losses[case][-1]:.4f}")
@@ -244,6 +283,9 @@ def main() -> None:
             f" over {len(losses['torch'])} steps"
         )
         pair |= {"ratio": ratio, "losses_apart": apart}
+        if beside_nanogpt:
+            pair["ratio_nanogpt"] = beside_nanogpt[0]
+            print0(f"DeepSpeed / nanoGPT, by turns: {beside_nanogpt[0]:.4f}")
         if dist.get_rank() == 0:
             write_results(
                 Path(args.run_dir) / "speed.json", this_command(), flops_per_token=flops, table=table, turns=pair

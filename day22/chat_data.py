@@ -95,13 +95,15 @@ def answers(items: Item | list[Item]) -> int:
     )
 
 
-def collate(items: list[Item], pad_token_id: int) -> Item:
-    """Pad to the longest, on the right: {"input_ids", "attention_mask", "labels"} of shape (batch, T).
+def collate(items: list[Item], pad_token_id: int, width: int = 0) -> Item:
+    """Pad on the right, to the longest, or to `width` if that is more.
+
+    Returns {"input_ids", "attention_mask", "labels"}, each of shape (batch, T).
 
     One sample a row, so none sees another. Packing several into a row wastes nothing, but needs attention that stops
     at their borders: flash-attention on a GPU does, given position_ids; a mask of T x T a row everywhere else.
     """
-    longest = max(len(item["input_ids"]) for item in items)
+    longest = max(width, *(len(item["input_ids"]) for item in items))
 
     def rows(name: str, fill: int) -> torch.Tensor:
         return torch.stack([torch.nn.functional.pad(x[name], (0, longest - len(x[name])), value=fill) for x in items])

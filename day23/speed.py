@@ -3,7 +3,7 @@
 From the repository root, on one CPU process or one GPU:
 
     deepspeed --num_accelerators 1 day23/speed.py --pretrained tiny-llama
-    deepspeed --num_accelerators 1 day23/speed.py --bf16 --batch_size 32 --turns 20
+    deepspeed --num_accelerators 1 day23/speed.py --bf16 --stage 0 --batch_size 32 --turns 20
 
 Expect tokens/s of both, the median of their ratio turn by turn, and how far the losses are apart.
 Checked with deepspeed 0.19.8, torch 2.13.0, peft 0.21.2. Source: day12/speed.py, from which the turns are.
@@ -85,7 +85,9 @@ def main() -> None:
     tokenizer = load_tokenizer(args.pretrained)
     items, _ = load_chat(args.dataset, tokenizer, args.max_length)
     config = json.loads(Path(args.deepspeed_config).read_text())
-    config |= {"train_micro_batch_size_per_gpu": args.batch_size, "bf16": {"enabled": args.bf16}}
+    config |= {"train_micro_batch_size_per_gpu": args.batch_size, "bf16": {"enabled": args.bf16 and args.stage > 0}}
+    if args.bf16 and args.stage == 0:  # as in PyTorch: autocast over a bf16 base and an fp32 adapter
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     config["zero_optimization"]["stage"] = args.stage
     config["scheduler"]["params"]["total_num_steps"] = args.turns * args.window
     if device.type != "cpu":
@@ -93,16 +95,18 @@ def main() -> None:
     steps = {case: build(case, config, args, device) for case in ("torch", "deepspeed")}
     order = {case: endless_order(items, args.batch_size, args.seed) for case in steps}
     losses, seconds, tokens = {c: [] for c in steps}, {c: [] for c in steps}, []
-    for _ in range(args.turns):
-        for case, train_step in steps.items():
+    for turn in range(args.turns):
+        for case in sorted(steps, reverse=turn % 2 == 0):  # now the one first, now the other
+            # All as wide as can be: a batch of a new shape costs once, and the other one would find that paid for.
             batches = [
-                collate([items[i] for i in next(order[case])], tokenizer.pad_token_id) for _ in range(args.window)
+                collate([items[i] for i in next(order[case])], tokenizer.pad_token_id, width=args.max_length)
+                for _ in range(args.window)
             ]
             counts = [answers(batch) for batch in batches]
             batches = [to_device(batch, device) for batch in batches]
             get_accelerator().synchronize()
             start = time.perf_counter()
-            found = [train_step(*pair) for pair in zip(batches, counts, strict=True)]
+            found = [steps[case](*pair) for pair in zip(batches, counts, strict=True)]
             get_accelerator().synchronize()
             seconds[case].append(time.perf_counter() - start)
             losses[case] += [loss.item() for loss in found]

@@ -139,6 +139,11 @@ def test_bad_input_gets_one_sentence(tmp_path):
         ("oom", ["--limit_gib", "-1"], "--limit_gib -1.0 leaves no memory at all"),
         ("trial", ["--steps", "1"], "--steps 1: take 2 or more"),
         ("memory", ["--loss_chunks", "0"], "--loss_chunks 0: take 1 or more"),
+        (
+            "speed",
+            ["--nanogpt", "day12"],
+            "--nanogpt day12: no model.py there; git clone https://github.com/karpathy/nano",
+        ),
         ("speed", ["--steps", "5"], "--steps 5 --window 10: take two windows or more"),
         ("resources", ["nowhere"], "no log nowhere/metrics.jsonl"),
     ],
@@ -288,14 +293,55 @@ def test_the_lean_model_is_a_gpt2_whose_biases_are_zero(vocab_size):
     assert gradients[0][vocab_size:].abs().sum() == 0  # ids that pad the vocabulary learn nothing
 
 
+# What day12/speed.py uses of a clone of nanoGPT, around day 12's own model.
+LIKE_NANOGPT = """
+from dataclasses import dataclass
+
+import gpt
+import torch
+
+from common.model import Preset
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+
+
+class GPT(gpt.GPT):
+    def __init__(self, config):
+        assert not config.bias and not config.dropout
+        super().__init__(Preset(config.n_layer, config.n_head, config.n_embd, config.block_size), config.vocab_size)
+
+    def forward(self, idx, targets):
+        logits = super().forward(idx).logits
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        groups = {weight_decay: [p for p in self.parameters() if p.dim() > 1]}
+        groups[0.0] = [p for p in self.parameters() if p.dim() == 1]
+        groups = [{"params": params, "weight_decay": decay} for decay, params in groups.items()]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+"""
+
+
 @pytest.mark.launch
 def test_deepspeed_and_plain_pytorch_train_the_same_model(tmp_path):
     """Every change of the ladder that a CPU can make leaves the losses where they were; the last rung is PyTorch's."""
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "clone/model.py").write_text(LIKE_NANOGPT)
     cases = ["lean", "no_average", "torch"]
     flags = ["--cases", *cases, "--steps", 6, "--window", 2, "--turns", 2, "--batch_size", 2, "--corpus", "moby_dick"]
-    run_ranks("day12/speed.py", *flags, "--run_dir", tmp_path, ranks=1)
+    run_ranks("day12/speed.py", *flags, "--nanogpt", tmp_path / "clone", "--run_dir", tmp_path, ranks=1)
     result = json.loads((tmp_path / "speed.json").read_text())
-    lean, last, plain = (row["losses"] for row in result["table"])
+    lean, last, plain, nanogpt = (row["losses"] for row in result["table"])
+    assert nanogpt == pytest.approx(lean, abs=3e-4) and result["turns"]["ratio_nanogpt"] > 0  # 8e-5
     flags = ["--steps", 6, "--log_every", 1, "--batch_size", 2, "--corpus", "moby_dick"]
     baseline = run_plain("day12/baseline_torch.py", *flags, "--run_dir", tmp_path)
     if not torch.cuda.is_available():  # there the script compiles, and narrows the stream

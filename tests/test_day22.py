@@ -73,7 +73,8 @@ def test_samples_of_a_batch_do_not_influence_each_other(name, items, tokenizer):
         alone = model(**collate([short], tokenizer.pad_token_id)).logits[0]
         sums = [float(model(**collate([x], tokenizer.pad_token_id), num_items_in_batch=1).loss) for x in (short, long)]
         mean = float(model(**batch).loss)
-    assert torch.equal(together, beside_another)
+    wider = collate([short, long], tokenizer.pad_token_id, width=99)
+    assert torch.equal(together, beside_another) and wider["labels"].shape == (2, 99)
     assert (together - alone).abs().max() <= 1e-6  # padding changes the order of additions alone; 2e-7 was measured
     assert sum(sums) / answers([short, long]) == pytest.approx(mean, abs=1e-5)
 
