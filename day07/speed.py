@@ -47,8 +47,10 @@ BUCKETS = {"reduce_bucket_size": 100_000_000, "stage3_prefetch_bucket_size": 100
 RUNGS = {
     "fsdp2": (None, None, ()),
     "fsdp2_compiled": (None, None, ("compiled",)),
+    "fsdp2_tuned": (None, None, ("compiled", "reentrant")),
     "zero2": (None, {"stage": 2, "overlap_comm": True}, ()),
     "zero2_compiled": ("zero2", {}, ("compiled",)),
+    "zero2_tuned": ("zero2", {}, ("compiled", "reentrant")),
     "defaults": (None, {"stage": 3}, ()),
     "leaf": ("defaults", LEAF, ()),
     "leaf_reentrant": ("leaf", {}, ("reentrant",)),
