@@ -63,10 +63,10 @@ day28: $(SERVE) FORCE
 
 capstone: day28 FORCE  ## the whole project: prepare, train, evaluate, export, serve, one chat request
 
-test: $(MODEL) $(SERVE)  ## every test but the long ones (under half an hour on 2 cores)
+test: $(MODEL) $(SERVE)  ## every test but the long ones (half an hour on 2 cores, more on slow ones)
 	$(BIN)/python -m pytest $(ARGS)
 
-test-long: $(MODEL) $(SERVE)  ## the reliability tests: runs killed, files damaged, disks full (20 minutes)
+test-long: $(MODEL) $(SERVE)  ## the reliability tests: runs killed, files damaged, disks full (25 minutes)
 	$(BIN)/python -m pytest -m long $(ARGS)
 
 test-fast: $(MODEL) $(SERVE)  ## the tests that launch nothing (seconds)
