@@ -16,6 +16,7 @@ Checked with deepspeed 0.19.8. Source: deepspeed/runtime/engine.py (_take_model_
 import argparse
 import gc
 import json
+import math
 import os
 import sys
 import time
@@ -34,6 +35,7 @@ from torch.nn.functional import pad
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, DistributedSampler
 from train import parameter_groups
+from transformers.modeling_outputs import CausalLMOutput
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
@@ -59,18 +61,19 @@ RUNGS = {
     "foreach_clip": {"foreach_clip": True},  # PyTorch's clipping; DeepSpeed's is a kernel a parameter, and waits
     "no_average": {"no_average": True},  # one rank has nobody to average gradients with
 }
-BASELINES = {"torch_hf": "hf_compiled", "torch": "narrow_stream"}  # PyTorch's loop, and the rung whose model it trains
+# PyTorch's loop, and the rung whose model it trains (of nanoGPT's own model, the rung whose attention it takes).
+BASELINES = {"torch_hf": "hf_compiled", "torch": "narrow_stream", "nanogpt": "cudnn"}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cases = [*RUNGS, *BASELINES]
+    cases = [*RUNGS, "torch_hf", "torch"]
     parser.add_argument("--cases", nargs="+", choices=cases, default=cases, help="what to train, in this order")
     parser.add_argument("--profile", nargs="*", choices=cases, default=[], help="cases to look into for one more step")
     parser.add_argument(
         "--turns", type=int, default=0, help="windows that the last rung and PyTorch's loop take by turns"
     )
-    parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT, to measure its model and step as well")
+    parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT, to measure its model as well")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences a rank and optimizer step")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps (not micro-batches)")
     parser.add_argument("--window", type=int, default=10, help="steps between two looks at the clock")
@@ -91,42 +94,34 @@ def changes_of(case: str) -> dict:
             return changes
 
 
-def build_nanogpt(folder: str, preset: Preset, vocab_size: int, device: torch.device):
-    """Return (train_step(batch) -> loss, the model): nanoGPT's model.py, trained as its train.py does on one GPU."""
-    sys.path.append(folder)
-    from model import GPT as NanoGPT
-    from model import GPTConfig
+class NanoGPT(torch.nn.Module):
+    """The model.py of a clone of nanoGPT, called like the others. PyTorch's loop is what its train.py does."""
 
-    shape = {"n_layer": preset.num_layers, "n_head": preset.num_heads, "n_embd": preset.hidden}
-    padded = -(-vocab_size // 64) * 64  # as its config has it
-    config = GPTConfig(block_size=preset.block_size, vocab_size=padded, dropout=0.0, bias=False, **shape)
-    model = NanoGPT(config).to(device)
-    optimizer = model.configure_optimizers(ADAMW["weight_decay"], ADAMW["lr"], ADAMW["betas"], device.type)
-    forward = torch.compile(model) if device.type == "cuda" else model
+    def __init__(self, folder: str, preset: Preset, vocab_size: int) -> None:
+        super().__init__()
+        sys.path.append(folder)
+        from model import GPT as Model
+        from model import GPTConfig
 
-    def train_step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        ids = batch["input_ids"]
-        with torch.autocast(device.type, torch.bfloat16):
-            _, loss = forward(ids, pad(ids[:, 1:], (0, 1), value=-1))  # it wants targets shifted; -1 does not count
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        shape = {"n_layer": preset.num_layers, "n_head": preset.num_heads, "n_embd": preset.hidden}
+        padded = math.ceil(vocab_size / 64) * 64  # as its config has it
+        self.model = Model(GPTConfig(block_size=preset.block_size, vocab_size=padded, dropout=0.0, bias=False, **shape))
 
-    return train_step, model
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> CausalLMOutput:
+        _, loss = self.model(input_ids, pad(labels[:, 1:], (0, 1), value=-1))  # it wants them shifted; -1: no target
+        return CausalLMOutput(loss=loss)
 
 
 def build(case: str, vocab_size: int, args: argparse.Namespace, device: torch.device):
     """Return (train_step(batch) -> loss, the model) of a case."""
     on_cuda = device.type == "cuda"
-    torch.manual_seed(args.seed)
-    if case == "nanogpt":
-        torch.compiler.reset()
-        return build_nanogpt(args.nanogpt, get_preset(args.model), vocab_size, device)
     on = changes_of(BASELINES.get(case, case))
+    torch.manual_seed(args.seed)
     with device:
-        model = build_gpt(args.model, vocab_size) if "lean" in on else build_model(args.model, vocab_size)
+        if case == "nanogpt":
+            model = NanoGPT(args.nanogpt, get_preset(args.model), vocab_size)
+        else:
+            model = build_gpt(args.model, vocab_size) if "lean" in on else build_model(args.model, vocab_size)
     model.fused_loss, model.narrow_stream = "fused_loss" in on and on_cuda, "narrow_stream" in on
     if on_cuda:  # which attention kernel the compiler, or eager mode, may choose
         torch.backends.cuda.enable_flash_sdp("cudnn" not in on)
@@ -235,9 +230,9 @@ def main() -> None:
         rate = tokens / median(seconds)  # of one rank
         return {"tokens_per_s": rate, "mfu": rate * flops / peak if peak else None}
 
-    table, extra = [], ["nanogpt"] if args.nanogpt else []
+    table, nanogpt = [], ["nanogpt"] if args.nanogpt else []
     print0(f"{'case':16}{'tok/s/rank':>12}{'MFU':>8}{'peak GiB':>10}{'last loss':>11}")
-    for case in [*args.cases, *extra]:
+    for case in [*args.cases, *nanogpt]:
         get_accelerator().reset_peak_memory_stats()
         train_step, model = build(case, len(tokenizer), args, device)
         batches = new_batches()
@@ -263,7 +258,7 @@ def main() -> None:
         get_accelerator().empty_cache()
 
     if args.turns:
-        steps = {case: build(case, len(tokenizer), args, device)[0] for case in ("torch", "no_average", *extra)}
+        steps = {case: build(case, len(tokenizer), args, device)[0] for case in ("torch", "no_average", *nanogpt)}
         data, losses, seconds = {case: new_batches() for case in steps}, {c: [] for c in steps}, {c: [] for c in steps}
         for turn in range(args.turns):
             for case, train_step in steps.items():
@@ -271,21 +266,21 @@ def main() -> None:
                 losses[case] += new_losses
                 seconds[case] += times if turn else []
         pair = {case: speed_of(seconds[case]) | {"losses": losses[case], "window_s": seconds[case]} for case in steps}
-        ratio, *beside_nanogpt = [
-            median(a / b for a, b in zip(seconds[other], seconds["no_average"], strict=True))
-            for other in ("torch", *extra)
-        ]
+        ratios = {
+            other: median(a / b for a, b in zip(seconds[other], seconds["no_average"], strict=True))
+            for other in ("torch", *nanogpt)
+        }
         apart = max(abs(a - b) for a, b in zip(losses["torch"], losses["no_average"], strict=True))
         for case in steps:
             print0(f"{case:16}{pair[case]['tokens_per_s']:12,.0f} tok/s, last loss {losses[case][-1]:.4f}")
         print0(
-            f"DeepSpeed / PyTorch, by turns: {ratio:.4f} | losses at most {apart:.4f} apart"
+            f"DeepSpeed / PyTorch, by turns: {ratios['torch']:.4f} | losses at most {apart:.4f} apart"
             f" over {len(losses['torch'])} steps"
         )
-        pair |= {"ratio": ratio, "losses_apart": apart}
-        if beside_nanogpt:
-            pair["ratio_nanogpt"] = beside_nanogpt[0]
-            print0(f"DeepSpeed / nanoGPT, by turns: {beside_nanogpt[0]:.4f}")
+        pair |= {"ratio": ratios["torch"], "losses_apart": apart}
+        if nanogpt:
+            pair["ratio_nanogpt"] = ratios["nanogpt"]
+            print0(f"DeepSpeed / nanoGPT, by turns: {ratios['nanogpt']:.4f}")
         if dist.get_rank() == 0:
             write_results(
                 Path(args.run_dir) / "speed.json", this_command(), flops_per_token=flops, table=table, turns=pair

@@ -12,7 +12,6 @@ Checked with deepspeed 0.19.8. Source: https://github.com/deepspeedai/DeepSpeed/
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -61,18 +60,11 @@ def main() -> None:
         raise UserError(
             f"--steps {args.steps} --rounds {args.rounds}: 2 steps (the first warms up) and 1 round at least"
         )
-    if args.micro_batch is not None and args.micro_batch < 1:
-        raise UserError(f"--micro_batch {args.micro_batch}: a micro-batch has 1 sequence at least")
+    config = gpt2.config_to_measure(args.deepspeed_config, args.micro_batch)
     start_without_compiler()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU
     deepspeed.init_distributed()
-    config = json.loads(Path(args.deepspeed_config).read_text())
-    config.pop("scheduler", None)
-    if get_accelerator().device_name() != "cpu":
-        config["optimizer"]["params"].pop("torch_adam", None)  # FusedAdam, compiled on first use
-    micro_batch = args.micro_batch or config["train_micro_batch_size_per_gpu"]
-    config["train_micro_batch_size_per_gpu"] = micro_batch
-    stages = args.stages or dist.get_world_size()
+    stages, micro_batch = args.stages or dist.get_world_size(), config["train_micro_batch_size_per_gpu"]
     vocab_size = len(load_tokenizer(get_preset(args.model).tokenizer))
     shape = gpt2.shape_of(args.model, vocab_size, args.num_layers)
     device = torch.device(get_accelerator().current_device_name())

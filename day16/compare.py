@@ -12,7 +12,6 @@ Checked with deepspeed 0.19.8. Source: arXiv:2104.04473, section 2.2; deepspeed/
 
 import argparse
 import gc
-import json
 import os
 import sys
 import time
@@ -103,18 +102,12 @@ def main() -> None:
     require_launcher()
     if min(args.steps, *args.micro_batches) < 1:
         raise UserError(f"--steps {args.steps} --micro_batches {min(args.micro_batches)}: both start at 1")
-    if args.micro_batch is not None and args.micro_batch < 1:
-        raise UserError(f"--micro_batch {args.micro_batch}: a micro-batch has 1 sequence at least")
+    config = gpt2.config_to_measure(args.deepspeed_config, args.micro_batch)
     start_without_compiler()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU
     deepspeed.init_distributed()
     ranks, device = dist.get_world_size(), torch.device(get_accelerator().current_device_name())
-    config = json.loads(Path(args.deepspeed_config).read_text())
-    config.pop("scheduler", None)
-    if get_accelerator().device_name() != "cpu":
-        config["optimizer"]["params"].pop("torch_adam", None)  # FusedAdam, compiled on first use
-    micro_batch = args.micro_batch or config["train_micro_batch_size_per_gpu"]
-    config["train_micro_batch_size_per_gpu"] = micro_batch
+    micro_batch = config["train_micro_batch_size_per_gpu"]
     vocab_size = len(load_tokenizer(get_preset(args.model).tokenizer))
     shape = gpt2.shape_of(args.model, vocab_size)
     with device:  # weights are drawn there, which takes a GPU seconds and a CPU minutes

@@ -5,6 +5,7 @@ A module, nothing to start: `day16/train.py`, `day16/balance.py`, `day16/compare
 Checked with deepspeed 0.19.8 and transformers 5.20. Source: deepspeed/runtime/pipe/module.py; issue DeepSpeed 2974.
 """
 
+import json
 import math
 import re
 import time
@@ -190,16 +191,30 @@ def profile_layers(
         del layer, forward, outputs, inputs
     total = torch.tensor(costs, device=device)
     dist.all_reduce(total)
-    costs, blocks = (total / dist.get_world_size()).tolist(), [spec.typename is GPT2Block for spec in specs]
-    block = median(seconds for seconds, is_block in zip(costs, blocks, strict=True) if is_block)
-    return [block if is_block else seconds for seconds, is_block in zip(costs, blocks, strict=True)]
+    costs = (total / dist.get_world_size()).tolist()
+    blocks = [index for index, spec in enumerate(specs) if spec.typename is GPT2Block]
+    typical = median(costs[index] for index in blocks)
+    return [typical if index in blocks else seconds for index, seconds in enumerate(costs)]
 
 
 def best_balanced(costs: list[float], num_stages: int) -> str:
     return "parts:" + ",".join(map(str, best_parts(costs, num_stages)))
 
 
-# --- watching it run ---
+# --- measuring it ---
+
+
+def config_to_measure(path: str, micro_batch: int | None) -> dict:
+    """The JSON without its schedule, on GPUs with FusedAdam, with `micro_batch` sequences in place of its number."""
+    if micro_batch is not None and micro_batch < 1:
+        raise UserError(f"--micro_batch {micro_batch}: a micro-batch has 1 sequence at least")
+    config = json.loads(Path(path).read_text())
+    config.pop("scheduler", None)
+    if get_accelerator().device_name() != "cpu":
+        config["optimizer"]["params"].pop("torch_adam", None)  # FusedAdam, compiled on first use
+    if micro_batch:
+        config["train_micro_batch_size_per_gpu"] = micro_batch
+    return config
 
 
 class StageClock:

@@ -85,9 +85,10 @@ def main() -> None:
     tokenizer = load_tokenizer(args.pretrained)
     items, _ = load_chat(args.dataset, tokenizer, args.max_length)
     config = json.loads(Path(args.deepspeed_config).read_text())
-    config |= {"train_micro_batch_size_per_gpu": args.batch_size, "bf16": {"enabled": args.bf16 and args.stage > 0}}
-    if args.bf16 and args.stage == 0:  # as in PyTorch: autocast over a bf16 base and an fp32 adapter
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    # Without ZeRO as in PyTorch: autocast over a bf16 base and an fp32 adapter.
+    config["torch_autocast"] = {"enabled": args.bf16 and args.stage == 0, "dtype": "bfloat16"}
+    config["bf16"] = {"enabled": args.bf16 and args.stage > 0}
+    config["train_micro_batch_size_per_gpu"] = args.batch_size
     config["zero_optimization"]["stage"] = args.stage
     config["scheduler"]["params"]["total_num_steps"] = args.turns * args.window
     if device.type != "cpu":

@@ -322,12 +322,6 @@ class GPT(gpt.GPT):
     def forward(self, idx, targets):
         logits = super().forward(idx).logits
         return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        groups = {weight_decay: [p for p in self.parameters() if p.dim() > 1]}
-        groups[0.0] = [p for p in self.parameters() if p.dim() == 1]
-        groups = [{"params": params, "weight_decay": decay} for decay, params in groups.items()]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 """
 
 

@@ -113,9 +113,9 @@ def test_the_balanced_cut_is_faster(tmp_path):
     result = json.loads((tmp_path / "balance.json").read_text())
     theirs, ours = result["table"]  # on two stages of tiny, DeepSpeed's three methods come to the same cut
     assert theirs["cut"] == "uniform = parameters = type:GPT2Block" and ours["cut"] == "balanced"
-    # 1.48 was measured on two cores, 1.05 on a machine whose cores slow each other down when both are busy.
-    assert theirs["slowest_s"] > ours["slowest_s"]
+    assert theirs["slowest_s"] > 1.1 * ours["slowest_s"]  # 1.48 was measured
     assert theirs["slowest_by_fastest"] > 1.2 * ours["slowest_by_fastest"]  # 2.61 and 1.03
+    assert len({row["ms"] for row in result["layers"] if ".h." in row["layer"]}) == 1  # equal blocks, their median
     assert (tmp_path / "layers.png").exists() and (tmp_path / "stages.png").exists()
 
 
