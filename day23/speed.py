@@ -3,7 +3,7 @@
 From the repository root, on one CPU process or one GPU:
 
     deepspeed --num_accelerators 1 day23/speed.py --pretrained tiny-llama
-    deepspeed --num_accelerators 1 day23/speed.py --bf16 --stage 0 --batch_size 32 --turns 20
+    deepspeed --num_accelerators 1 day23/speed.py --bf16 --stage 0 --lean --batch_size 32 --turns 20
 
 Expect tokens/s of both, the median of their ratio turn by turn, and how far the losses are apart.
 Checked with deepspeed 0.19.8, torch 2.13.0, peft 0.21.2. Source: day12/speed.py, from which the turns are.
@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -27,7 +28,7 @@ sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path
 
 from common.cpu import start_without_compiler
 from common.data import to_device
-from common.errors import clear_errors
+from common.errors import UserError, clear_errors
 from common.ranks import print0, require_launcher
 from common.results import this_command, write_results
 from common.run_log import default_run_dir, show_path
@@ -42,6 +43,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--deepspeed_config", default=str(HERE / "ds_config.json"), help="DeepSpeed JSON config")
     parser.add_argument("--stage", type=int, default=1, help="ZeRO stage; on one rank there is nothing to cut")
     parser.add_argument("--bf16", action="store_true", help="bf16; in PyTorch a bf16 base, an fp32 adapter, autocast")
+    parser.add_argument("--lean", action="store_true", help="day 12: less work beside the model, at stage 0")
     parser.add_argument("--batch_size", type=int, default=8, help="samples an optimizer step")
     parser.add_argument("--turns", type=int, default=12, help="turns of each, the first is not counted")
     parser.add_argument("--window", type=int, default=4, help="optimizer steps a turn")
@@ -63,12 +65,20 @@ def build(case: str, config: dict, args: argparse.Namespace, device: torch.devic
     model = add_lora(base, rank=8, alpha=16).to(device)
     if case == "torch":
         return build_torch(model, config, args.turns * args.window, args.bf16)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained, clipping = [p for p in model.parameters() if p.requires_grad], config["gradient_clipping"]
+    if args.lean:  # PyTorch's fused AdamW and clipping: the engine's are a few launches a matrix, and wait for the GPU
+        adamw = {"type": "AdamW", "params": config["optimizer"]["params"] | {"torch_adam": True, "fused": True}}
+        timers = {"throughput": {"enabled": False}}
+        config = config | {"gradient_clipping": 0.0, "optimizer": adamw, "timers": timers}
     engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
+    alone = args.lean and engine.dp_world_size == 1  # nobody to average with
 
     def train_step(batch: dict, num_answers: float) -> torch.Tensor:
-        loss = engine(**batch, num_items_in_batch=num_answers).loss
-        engine.backward(loss)
+        with engine.no_sync() if alone else nullcontext():
+            loss = engine(**batch, num_items_in_batch=num_answers).loss
+            engine.backward(loss)
+        if args.lean:
+            torch.nn.utils.clip_grad_norm_(trained, clipping)
         engine.step()
         return loss.detach()
 
@@ -77,6 +87,8 @@ def build(case: str, config: dict, args: argparse.Namespace, device: torch.devic
 
 def main() -> None:
     args = parse_args()
+    if args.lean and args.stage > 0:
+        raise UserError(f"--lean --stage {args.stage}: ZeRO clips and averages by itself; --lean goes with --stage 0")
     require_launcher()
     start_without_compiler()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU

@@ -202,14 +202,25 @@ def test_compare_follows_the_arithmetic(tmp_path):
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("precision", [[], ["--bf16", "--stage", 0]], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("precision", [[], ["--bf16", "--stage", 0, "--lean"]], ids=["fp32", "autocast"])
 def test_speed_takes_turns_on_the_same_batches(precision, tmp_path):
-    """In fp32; with a bf16 base and an fp32 adapter, which DeepSpeed's own bf16 without ZeRO does not keep (1e-3)."""
-    flags = ["--pretrained", "tiny-llama", "--turns", 3, "--run_dir", tmp_path]
-    run_ranks("day23/speed.py", *flags, *precision)
+    """In fp32; with a bf16 base and an fp32 adapter, which DeepSpeed's own bf16 without ZeRO does not keep (1e-3).
+    The second clips outside of the engine, as `--lean` has it."""
+    config = json.loads((ROOT / "day23/ds_config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"gradient_clipping": 0.01}))  # it clips in every step
+    flags = ["--deepspeed_config", tmp_path / "config.json", "--pretrained", "tiny-llama", "--turns", 3]
+    run_ranks("day23/speed.py", *flags, *precision, "--run_dir", tmp_path)
     result = json.loads((tmp_path / "speed.json").read_text())
     assert result["losses_apart"] <= 1e-5 and len(result["losses"]["torch"]) == 12  # 1e-6 and 0 were measured
     assert 0.2 < result["ratio"] < 5
+
+
+def test_lean_goes_without_zero(monkeypatch):
+    from day23.speed import main
+
+    monkeypatch.setattr("sys.argv", ["day23/speed.py", "--lean"])
+    with pytest.raises(UserError, match="--lean --stage 1: .*; --lean goes with --stage 0"):
+        main()
 
 
 @pytest.mark.launch
