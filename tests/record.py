@@ -44,7 +44,7 @@ def main() -> None:
     rows = parse_lines("\n".join(output))
     wall_s = round(time.perf_counter() - start, 1)
     write_results(path, shlex.join(command), exit_code=code, wall_s=wall_s, output=output, rows=rows)
-    if rows:
+    if any("loss" in row for row in rows):  # a run that fails may end before its first step
         title = f"{textwrap.fill(shlex.join(command), 75)}\n{json.loads(path.read_text())['hardware']}"
         plot_loss({"": rows}, path.with_suffix(".png"), title)  # no label: a legend would hide a part of one curve
 
