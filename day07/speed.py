@@ -159,6 +159,8 @@ def build(case: str, vocab_size: int, args: argparse.Namespace, device: torch.de
         model = build_model(args.model, vocab_size)
     model.gradient_checkpointing_enable({"use_reentrant": "reentrant" in changes})
     if "compiled" in changes:  # what runs inside the hooks; all blocks share the code
+        # By default eight variants of a function for all cases and micro-batches together; later ones would run eager.
+        torch._dynamo.config.recompile_limit = 64
         # Nobody changes the modules between two steps: checking that in each call would cost the host time.
         options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         for block in model.transformer.h:

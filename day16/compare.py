@@ -139,6 +139,8 @@ def main() -> None:
         cells = ["     –" if row[k] is None else f"{row[k]:6.3f}" for k in ("waited", "formula", "explained")]
         figures = f"{row['tokens_per_s']:7.0f} | {cells[0]} | {cells[1]:>7} | {cells[2]:>9}"
         print0(f"{way:18} | {micro_batches:13} | {figures} | {row['held_bytes'] / 1e6:9.1f}")
+        if dist.get_rank() == 0:  # after each row, so that an interrupted run leaves what it has
+            write_results(Path(args.run_dir) / "compare.json", this_command(), table=table)
 
     def free() -> None:
         """Empty what an engine made: `engine.destroy()` leaves the tensors of stage 3 alive (0.19.8)."""
@@ -190,7 +192,6 @@ def main() -> None:
         free()
 
     if dist.get_rank() == 0:
-        write_results(Path(args.run_dir) / "compare.json", this_command(), table=table)
         plot(table, Path(args.run_dir) / "tokens_per_s.png", f"{args.model} on {ranks} ranks")
         print0(f"table: {show_path(args.run_dir)}/compare.json")
     dist.destroy_process_group()
