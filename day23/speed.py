@@ -65,7 +65,8 @@ def build(case: str, config: dict, args: argparse.Namespace, device: torch.devic
     model = add_lora(base, rank=8, alpha=16).to(device)
     if case == "torch":
         return build_torch(model, config, args.turns * args.window, args.bf16)
-    trained, clipping = [p for p in model.parameters() if p.requires_grad], config["gradient_clipping"]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    clipping = config["gradient_clipping"]
     if args.lean:  # PyTorch's fused AdamW and clipping: the engine's are a few launches a matrix, and wait for the GPU
         adamw = {"type": "AdamW", "params": config["optimizer"]["params"] | {"torch_adam": True, "fused": True}}
         timers = {"throughput": {"enabled": False}}
