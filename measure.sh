@@ -76,6 +76,8 @@ day07() {
     [ "$gpu" ] || return 0 # models that fill GPUs, and the ladder of speed
     local large=(--bf16 --recompute --buckets 100000000)
     compare day07 compare_xl --model gpt2-xl --global_batch $((8 * ranks)) "${large[@]}" --steps 8
+    compare day07 offload --model gpt2-xl --global_batch $((8 * ranks)) "${large[@]}" --steps 9 --cpu_adam \
+        --cases zero2 zero2_offload zero3_leaf offload offload_optimizer
     compare day07 compare_8b --model gpt-8b --global_batch $((2 * ranks)) "${large[@]}" --steps 7 \
         --cases zero3_leaf zero2 zero1 ddp fsdp2
     launch day07/speed.py --model gpt2-xl --cases fsdp2 zero2 leaf tuned --micro_batch 8 24 --steps 9 --window 3 \
@@ -165,6 +167,10 @@ day16() {
     fi
     launch day16/balance.py --run_dir "${folder}_balance"
     keep "${folder}_balance" day16 balance balance
+    if [ "$gpu" ]; then # on the first GPU alone
+        python day16/stages.py --model gpt2-xl --bf16 --stages 4 --micro_batch 4 --run_dir "${folder}_stages"
+        cp "${folder}_stages/stages.json" "day16/results/stages_$label.json"
+    fi
     compare day16 compare
 }
 

@@ -11,15 +11,12 @@ def live_tensors(device: torch.device) -> dict[int, torch.Tensor]:
     """Return {address of the storage: a tensor in it} of all tensors alive on `device` in this process.
 
     Call it between steps: what autograd saved for a backward pass that is still to come is not visible to Python.
-    Unlike the process' size on CPU (345 MiB of imports) and the GPU allocator's figure (rounded, cached), the bytes of
-    these storages are what arithmetic predicts.
+    Their bytes are what arithmetic predicts, unlike a process' size (345 MiB of imports) or an allocator's figure.
     """
     gc.collect()
     # type() and not isinstance(): some lazy objects import their whole package when asked for their class.
-    # Fake tensors are the compiler's: shapes without storage.
-    tensors = [
-        thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor) and type(thing) is not FakeTensor
-    ]
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    tensors = [t for t in tensors if type(t) is not FakeTensor]  # the compiler's: shapes without storage
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]  # unseen until Python code asks for them
     tensors = [t for t in map(_local, tensors) if t.device.type == device.type and t.layout == torch.strided]
     return {t.untyped_storage().data_ptr(): t for t in tensors if t.untyped_storage().nbytes()}
@@ -43,6 +40,12 @@ def bytes_by_kind(tensors: Iterable[torch.Tensor], **kinds: Iterable[torch.Tenso
         storage = tensor.untyped_storage()
         found[owner.get(storage.data_ptr(), "other")] += storage.nbytes()
     return found
+
+
+def bucket_tensors(zero) -> list[torch.Tensor]:
+    """Gradient buckets of DeepSpeed's ZeRO optimizer: lists at stages 1 and 2, a tensor or None at stage 3 (0.19.8)."""
+    buffers = [bucket.buffer for bucket in getattr(zero, "ipg_buckets", {}).values()]
+    return [flat for buffer in buffers for flat in ([buffer] if torch.is_tensor(buffer) else buffer or [])]
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

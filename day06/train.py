@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path
 from common.cpu import start_without_compiler
 from common.data import endless_batches, held_out_loss, load_corpus, load_tokenizer, to_device
 from common.errors import UserError, clear_errors
-from common.memory import bytes_by_kind, live_tensors
+from common.memory import bucket_tensors, bytes_by_kind, live_tensors
 from common.model import build_model, get_preset
 from common.ranks import print0, require_launcher
 from common.run_log import RunLog, default_run_dir
@@ -48,8 +48,7 @@ def gradients_held(engine: deepspeed.DeepSpeedEngine, at_boundary: set[int]) -> 
     """Bytes of the tensors that were not there between two optimizer steps: buckets, and what is left, gradients."""
     time.sleep(0.1)  # gloo's thread lets go of the last message a moment after it has arrived
     new = [tensor for address, tensor in live_tensors(engine.device).items() if address not in at_boundary]
-    buckets = [flat for bucket in engine.optimizer.ipg_buckets.values() for flat in bucket.buffer]
-    return bytes_by_kind(new, buckets=buckets)
+    return bytes_by_kind(new, buckets=bucket_tensors(engine.optimizer))
 
 
 def print_gradients(engine: deepspeed.DeepSpeedEngine, at_boundary: set[int], when: str) -> None:

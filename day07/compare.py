@@ -34,7 +34,7 @@ sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path
 from common.cpu import start_without_compiler
 from common.data import endless_batches, load_corpus, load_tokenizer, to_device
 from common.errors import UserError, clear_errors
-from common.memory import bytes_by_kind, live_tensors
+from common.memory import bucket_tensors, bytes_by_kind, live_tensors
 from common.model import build_model, get_preset
 from common.plots import plot_bars
 from common.ranks import over_ranks, print0, require_launcher
@@ -45,7 +45,8 @@ from config.plan import model_state_bytes
 CONFIGS = {
     "zero0": "ds_config_zero0.json", "zero1": "ds_config_zero1.json", "zero2": "ds_config_zero2.json",
     "zero3": "ds_config.json", "zero3_leaf": "ds_config_leaf.json", "zero3_tight": "ds_config_tight.json",
-    "offload_optimizer": "ds_config_offload_optimizer.json", "offload": "ds_config_offload.json",
+    "zero2_offload": "ds_config_zero2_offload.json", "offload_optimizer": "ds_config_offload_optimizer.json",
+    "offload": "ds_config_offload.json",
 }  # fmt: skip
 BASELINES = {"ddp": build_ddp, "fsdp2": build_fsdp2}
 
@@ -56,6 +57,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=cases, default=cases, help="what to train, in this order")
     parser.add_argument("--global_batch", type=int, default=16, help="sequences an optimizer step, all ranks together")
     parser.add_argument("--bf16", action="store_true", help="bf16 (from ZeRO-1 on) instead of fp32")
+    parser.add_argument(
+        "--cpu_adam",
+        action="store_true",
+        help="offload with DeepSpeedCPUAdam, which a compiler builds on first use, not PyTorch's AdamW",
+    )
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing, switched on in the model")
     parser.add_argument(
         "--buckets",
@@ -79,6 +85,9 @@ def read_config(case: str, args: argparse.Namespace) -> dict:
     config["optimizer"]["params"]["lr"] = args.lr
     config["optimizer"]["params"]["fused"] = True  # PyTorch's one-kernel AdamW, as in the baselines: nothing to compile
     zero = config["zero_optimization"]
+    if args.cpu_adam and "offload_optimizer" in zero:  # what DeepSpeed takes when the JSON asks for nothing else
+        del config["zero_force_ds_cpu_optimizer"], config["optimizer"]["params"]["torch_adam"]
+        del config["optimizer"]["params"]["fused"]
     if args.bf16 and zero["stage"]:
         config["bf16"] = {"enabled": True}
     elif args.bf16:  # bf16 without ZeRO starts wrongly in 0.19.8 (day 03): autocast over fp32 weights, as DDP does
@@ -112,13 +121,13 @@ def held_by_kind(
         parameters=[part for p in model.parameters() for part in (p, getattr(p, "ds_tensor", p))],
         optimizer=[t for w, state in optimizer.state.items() for t in (w, *state.values()) if torch.is_tensor(t)],
         gradients=[t for t in [getattr(zero, "grad_partitions_flat_buffer", None)] if t is not None],
-        buckets=[flat for bucket in getattr(zero, "ipg_buckets", {}).values() for flat in bucket.buffer],
+        buckets=bucket_tensors(zero),
     )
 
 
 def planned_bytes(config: dict, sizes: list[int], device: torch.device) -> float:
     """What config/plan.py says this rank holds between two steps: before stage 3 no gradient outlives the step."""
-    zero = config["zero_optimization"]
+    zero, width = config["zero_optimization"], 2 if "bf16" in config else 4
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
     states = model_state_bytes(
         sum(sizes), dist.get_world_size(), zero["stage"], "bf16" if "bf16" in config else "fp32",
@@ -126,10 +135,13 @@ def planned_bytes(config: dict, sizes: list[int], device: torch.device) -> float
         offload_optimizer=zero.get("offload_optimizer", {}).get("device"),
         offload_param=zero.get("offload_param", {}).get("device"),
     )  # fmt: skip
-    planned = states["total"] - (states["gradients"] if zero["stage"] < 3 else 0)
+    planned, host = states["total"] - (states["gradients"] if zero["stage"] < 3 else 0), states["host"]
     if zero["stage"] == 3:
-        planned += zero["reduce_bucket_size"] * (2 if "bf16" in config else 4)
-    return planned + (states["host"] if device.type == "cpu" else 0)  # on CPU ranks the host is where the rank is
+        planned += zero["reduce_bucket_size"] * width
+    elif "offload_optimizer" in zero:  # a work buffer for a gradient here and one there; without accumulation no others
+        planned += width * max(sizes)
+        host += width * (max(sizes) - sum(sizes) / dist.get_world_size())
+    return planned + (host if device.type == "cpu" else 0)  # on CPU ranks the host is where the rank is
 
 
 def sent_bytes(num_ranks: int) -> float:

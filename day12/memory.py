@@ -29,7 +29,7 @@ sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path
 from common.cpu import start_without_compiler
 from common.data import endless_batches, load_corpus, load_tokenizer, to_device
 from common.errors import UserError, clear_errors
-from common.memory import bytes_by_kind, live_tensors
+from common.memory import bucket_tensors, bytes_by_kind, live_tensors
 from common.model import get_preset
 from common.plots import plt
 from common.ranks import print0, require_launcher
@@ -92,7 +92,7 @@ class Timeline:
             parameters=engine.module.parameters(),
             optimizer=states,
             gradients=gradients,
-            buckets=[flat for bucket in getattr(zero, "ipg_buckets", {}).values() for flat in bucket.buffer],
+            buckets=bucket_tensors(zero),
             activations=[box.tensor for box in list(self.saved)],
         )
         allocator = {}

@@ -160,38 +160,54 @@ def best_parts(costs: list[float], num_stages: int) -> list[int]:
     return divide(max, min, start=math.inf, limit=pace)[1]
 
 
-def profile_layers(
-    config: GPT2Config, micro_batch: int, dtype: torch.dtype = torch.float32, repeats: int = 7
-) -> list[float]:
-    """Seconds of one micro-batch forward and backward through each layer, the head with its loss. Collective.
+def time_layers(
+    config: GPT2Config, layers: range, micro_batch: int, dtype: torch.dtype, repeats: int = 7, in_a_row: int = 1
+) -> float:
+    """Seconds of one micro-batch forward and backward through these layers, one after the other; with the loss if the
+    head is among them. Median of `repeats`, after two that warm up.
 
-    All ranks measure at once, as they will train at once, and the mean counts: every rank must come to the same cut.
-    The blocks are alike: each counts as their median, or noise would choose where to cut.
+    `in_a_row` passes are timed together: a GPU is still busy with one while the host starts the next, as in a stage.
     """
-    accelerator = get_accelerator()
+    accelerator, specs, seconds = get_accelerator(), layer_specs(config), []
     device = torch.device(accelerator.current_device_name())
     labels = torch.randint(config.vocab_size, (micro_batch, config.n_positions), device=device)
     hidden = torch.randn(*labels.shape, config.n_embd, device=device, dtype=dtype)
-    specs, costs = layer_specs(config), []
-    for index, spec in enumerate(specs):
-        layer, seconds = spec.build().to(device, dtype), []
-        forward = partial(spec.forward_fn, layer) if getattr(spec, "forward_fn", None) else layer
-        for _ in range(repeats + 2):
-            inputs = hidden.clone().requires_grad_() if index else labels
-            accelerator.synchronize()
-            start = time.perf_counter()
-            outputs = forward(inputs)
-            if index == len(specs) - 1:
-                next_token_loss(outputs, labels).backward()
+    ones, functions = torch.ones_like(hidden), []
+    for spec in (specs[index] for index in layers):
+        with device:  # weights are drawn there, which takes a GPU seconds and a CPU minutes
+            layer, forward_fn = spec.build().to(dtype), getattr(spec, "forward_fn", None)
+        functions.append(partial(forward_fn, layer) if forward_fn else layer)
+    for _ in range(repeats + 2):
+        accelerator.synchronize()
+        start = time.perf_counter()
+        for _ in range(in_a_row):
+            x = hidden.detach().requires_grad_() if layers.start else labels
+            for function in functions:
+                x = function(x)
+            if layers.stop == len(specs):
+                next_token_loss(x, labels).backward()
             else:
-                outputs.backward(torch.ones_like(outputs))
-            accelerator.synchronize()
-            seconds.append(time.perf_counter() - start)
-        costs.append(median(seconds[2:]))  # the first two warm up
-        del layer, forward, outputs, inputs
-    total = torch.tensor(costs, device=device)
-    dist.all_reduce(total)
-    costs = (total / dist.get_world_size()).tolist()
+                x.backward(ones)
+        accelerator.synchronize()
+        seconds.append((time.perf_counter() - start) / in_a_row)
+    return median(seconds[2:])
+
+
+def profile_layers(
+    config: GPT2Config, micro_batch: int, dtype: torch.dtype = torch.float32, repeats: int = 7
+) -> list[float]:
+    """Seconds of one micro-batch forward and backward through each layer, the head with its loss.
+
+    With a process group it is collective: all ranks measure at once, as they will train at once, and the mean counts,
+    for every rank must come to the same cut. The blocks are alike: each counts as their median, or noise would choose
+    where to cut.
+    """
+    specs = layer_specs(config)
+    costs = [time_layers(config, range(n, n + 1), micro_batch, dtype, repeats, in_a_row=4) for n in range(len(specs))]
+    if dist.is_initialized():
+        total = torch.tensor(costs, device=get_accelerator().current_device_name())
+        dist.all_reduce(total)
+        costs = (total / dist.get_world_size()).tolist()
     blocks = [index for index, spec in enumerate(specs) if spec.typename is GPT2Block]
     typical = median(costs[index] for index in blocks)
     return [typical if index in blocks else seconds for index, seconds in enumerate(costs)]

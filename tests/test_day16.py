@@ -121,6 +121,24 @@ def test_the_balanced_cut_is_faster(tmp_path):
 
 @pytest.mark.launch
 @measure_again
+def test_stages_finds_the_cuts_and_times_on_one_process(two, tmp_path):
+    run_plain("day16/stages.py", "--num_layers", 4, "--rounds", 1, "--run_dir", tmp_path)
+    result = json.loads((tmp_path / "stages.json").read_text())
+    rows = {name: row for row in result["table"] for name in row["cut"].split(" = ")}
+    for name in ("uniform", "parameters", "type:GPT2Block"):  # as PipelineModule cuts on two ranks
+        assert rows[name]["parts"] == " ".join(map(str, two[name]["parts"])), name
+    theirs, ours = (list(map(float, rows[name]["stage_ms"].split())) for name in ("type:GPT2Block", "balanced"))
+    assert max(theirs) > max(ours)  # 1.13 times: the head takes as long as three blocks
+    for row in rows.values():
+        alone, layers = (list(map(float, row[key].split())) for key in ("stage_ms", "layers_ms"))
+        assert sum(alone) == pytest.approx(sum(layers), rel=0.5)  # the same layers, in a row and one by one
+        step_ms = sum(alone) + 7 * max(alone)
+        assert row["tokens_per_s"] == pytest.approx(8 * 2 * 128 / step_ms * 1000, rel=0.01)
+    assert (tmp_path / "stages.png").exists()
+
+
+@pytest.mark.launch
+@measure_again
 def test_waiting_falls_with_the_micro_batches(tmp_path):
     flags = ["--micro_batch", 3, "--micro_batches", 1, 8, "--zero", 3, "--steps", 1, "--run_dir", tmp_path]
     run_ranks("day16/compare.py", *flags, ranks=2)
@@ -204,3 +222,12 @@ def test_a_checkpointed_group_has_blocks_alone():
 )
 def test_mistakes_get_one_sentence(script, flags, sentence):
     assert error_line(run_ranks(f"day16/{script}.py", *flags, check=False)).startswith(sentence)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [(["--stages", 9], "6 layers do not fill 9 stages"), (["--rounds", 0], "--rounds 0: at least 1")],
+)
+def test_mistakes_with_stages_get_one_sentence(flags, sentence):
+    assert error_line(run_plain("day16/stages.py", *flags, check=False)) == sentence
