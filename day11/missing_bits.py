@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path
 
 from common.cpu import start_without_compiler
 from common.data import endless_batches, load_corpus, load_tokenizer, to_device
-from common.errors import clear_errors
+from common.errors import UserError, clear_errors
 from common.model import build_model, get_preset
 from common.ranks import print0, require_launcher
 from common.results import this_command, write_results
@@ -86,22 +86,22 @@ def second_moment(beta2: float, dtype: torch.dtype, steps: int = 1000) -> float:
 def main() -> None:
     args = parse_args()
     require_launcher()
+    if min(args.rates) <= 0:
+        raise UserError(f"--rates {min(args.rates)}: a learning rate is larger than 0")
     start_without_compiler()
     deepspeed.accelerator.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # each rank its own GPU
     preset = get_preset(args.model)
     tokenizer = load_tokenizer(preset.tokenizer)
     blocks, _ = load_corpus("all", tokenizer, preset.block_size)
     steps = [steps_around(weight) for weight in (1.0, 0.1, 0.02)]
+    says = "bf16: below {weight:.6f} comes {below:.6f}: an update under {half_step:.1e} is lost"
     for row in steps:
-        print0(
-            f"bf16: below {row['weight']:.6f} comes {row['below']:.6f}: an update under {row['half_step']:.1e} is lost"
-        )
+        print0(says.format(**row))
     print0(f"\n{'lr':>7} {'masters':>9} {'moved in':>9} {args.steps} steps {'of ln_f.weight':>15}")
     moved, decay = [], []
     for rate in args.rates:
         for masters in MASTERS:
-            row = train(masters, rate, blocks, len(tokenizer), args)
-            moved.append(row)
+            moved.append(row := train(masters, rate, blocks, len(tokenizer), args))
             print0(f"{rate:7.0e} {row['masters']:>9} {row['moved']:17.2%} {row['norm_moved']:15.2%}")
     print0("\nAdam's second moment after 1000 gradients of 0, as a share of what it was:")
     for beta2 in (0.95, 0.999):

@@ -101,6 +101,8 @@ def main() -> None:
     require_launcher()
     if min(args.save_every, args.keep_last) < 1:
         raise UserError(f"--save_every {args.save_every} --keep_last {args.keep_last}: both must be at least 1")
+    if not 0 <= args.dropout < 1:
+        raise UserError(f"--dropout {args.dropout}: the part of the activations to drop, from 0 to less than 1")
     if not Path(args.deepspeed_config).is_file():
         raise UserError(f"no config file {args.deepspeed_config!r}: look at the path after --deepspeed_config")
     config = hjson.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"), object_pairs_hook=dict)

@@ -274,3 +274,9 @@ def test_on_a_gpu_16_bits_are_faster_and_peak_lower(tmp_path):
     for row in others:
         assert row["tokens_per_s"] > 1.3 * fp32["tokens_per_s"], row["case"]  # day 03 measured 2.4 times
         assert row["peak_bytes"] < fp32["peak_bytes"] and difference(row, fp32) < 0.1, row["case"]
+
+
+@pytest.mark.launch
+def test_a_learning_rate_below_zero_gets_one_sentence():
+    run = run_ranks("day11/missing_bits.py", "--rates", 1e-3, -1, check=False)
+    assert error_line(run) == "--rates -1.0: a learning rate is larger than 0"

@@ -95,8 +95,9 @@ def test_a_used_folder_gets_one_sentence(saved):
 
 
 @pytest.mark.launch
-def test_numbers_below_one_get_one_sentence(tmp_path):
+def test_numbers_out_of_range_get_one_sentence(tmp_path):
     for script in ("day17/train.py", "day18/train.py"):  # --keep_last 0 would remove the checkpoint just saved
+        assert error_line(run_ranks(script, "--dropout", 1, check=False)).startswith("--dropout 1.0: the part of the")
         for flag, value in (("--save_every", 0), ("--keep_last", -1)):
             run = run_ranks(script, flag, value, "--run_dir", tmp_path, check=False)
             assert f"{flag} {value}" in error_line(run) and "both must be at least 1" in error_line(run)
