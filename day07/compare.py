@@ -40,7 +40,7 @@ from common.plots import plot_bars
 from common.ranks import over_ranks, print0, require_launcher
 from common.results import this_command, write_results
 from common.run_log import default_run_dir, show_path
-from config.plan import model_state_bytes
+from config.plan import DTYPE_BYTES, model_state_bytes
 
 CONFIGS = {
     "zero0": "ds_config_zero0.json", "zero1": "ds_config_zero1.json", "zero2": "ds_config_zero2.json",
@@ -86,8 +86,9 @@ def read_config(case: str, args: argparse.Namespace) -> dict:
     config["optimizer"]["params"]["fused"] = True  # PyTorch's one-kernel AdamW, as in the baselines: nothing to compile
     zero = config["zero_optimization"]
     if args.cpu_adam and "offload_optimizer" in zero:  # what DeepSpeed takes when the JSON asks for nothing else
-        del config["zero_force_ds_cpu_optimizer"], config["optimizer"]["params"]["torch_adam"]
-        del config["optimizer"]["params"]["fused"]
+        del config["zero_force_ds_cpu_optimizer"]
+        for key in ("torch_adam", "fused"):
+            del config["optimizer"]["params"][key]
     if args.bf16 and zero["stage"]:
         config["bf16"] = {"enabled": True}
     elif args.bf16:  # bf16 without ZeRO starts wrongly in 0.19.8 (day 03): autocast over fp32 weights, as DDP does
@@ -127,10 +128,11 @@ def held_by_kind(
 
 def planned_bytes(config: dict, sizes: list[int], device: torch.device) -> float:
     """What config/plan.py says this rank holds between two steps: before stage 3 no gradient outlives the step."""
-    zero, width = config["zero_optimization"], 2 if "bf16" in config else 4
+    zero, precision = config["zero_optimization"], "bf16" if "bf16" in config else "fp32"
+    width = DTYPE_BYTES[precision]
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
     states = model_state_bytes(
-        sum(sizes), dist.get_world_size(), zero["stage"], "bf16" if "bf16" in config else "fp32",
+        sum(sizes), dist.get_world_size(), zero["stage"], precision,
         persistent=sum(size for size in sizes if size <= threshold),
         offload_optimizer=zero.get("offload_optimizer", {}).get("device"),
         offload_param=zero.get("offload_param", {}).get("device"),

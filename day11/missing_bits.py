@@ -94,14 +94,14 @@ def main() -> None:
     tokenizer = load_tokenizer(preset.tokenizer)
     blocks, _ = load_corpus("all", tokenizer, preset.block_size)
     steps = [steps_around(weight) for weight in (1.0, 0.1, 0.02)]
-    says = "bf16: below {weight:.6f} comes {below:.6f}: an update under {half_step:.1e} is lost"
     for row in steps:
-        print0(says.format(**row))
+        print0("bf16: below {weight:.6f} comes {below:.6f}: an update under {half_step:.1e} is lost".format(**row))
     print0(f"\n{'lr':>7} {'masters':>9} {'moved in':>9} {args.steps} steps {'of ln_f.weight':>15}")
     moved, decay = [], []
     for rate in args.rates:
         for masters in MASTERS:
-            moved.append(row := train(masters, rate, blocks, len(tokenizer), args))
+            row = train(masters, rate, blocks, len(tokenizer), args)
+            moved.append(row)
             print0(f"{rate:7.0e} {row['masters']:>9} {row['moved']:17.2%} {row['norm_moved']:15.2%}")
     print0("\nAdam's second moment after 1000 gradients of 0, as a share of what it was:")
     for beta2 in (0.95, 0.999):

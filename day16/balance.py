@@ -117,8 +117,8 @@ def main() -> None:
         found = gpt2.from_all_ranks((model.stage_id, median(times[parts][0]), median(times[parts][1])))
         stage_s = [max(busy for at, _, busy in found if at == stage) for stage in range(stages)]
         predicted = [sum(costs[a:b]) for a, b in zip(parts, parts[1:], strict=False)]
-        row["stage_ms"] = " ".join(f"{1000 * seconds:.1f}" for seconds in stage_s)
-        row["predicted_ms"] = " ".join(f"{1000 * seconds:.1f}" for seconds in predicted)
+        row["stage_ms"] = gpt2.in_ms(stage_s)
+        row["predicted_ms"] = gpt2.in_ms(predicted)
         row |= {"slowest_s": max(stage_s), "slowest_by_fastest": max(stage_s) / min(stage_s)}
         row["tokens_per_s"] = row.pop("tokens") / max(seconds for _, seconds, _ in found)
     table, first = list(rows.values()), next(iter(rows.values()))

@@ -79,8 +79,7 @@ def waits(engine, step: Callable, steps: int) -> tuple[float, float]:
         span = max(seconds for _, seconds, _ in found)
         waited.append(1 - sum(busy for *_, busy in found) / len(found) / span)
         each = [max(busy for at, _, busy in found if at == s) / micro_batches for s in range(engine.num_stages)]
-        shortest = sum(each) + (micro_batches - 1) * max(each)  # fill and drain once, then the slowest sets the pace
-        explained.append(1 - micro_batches * sum(each) / len(each) / shortest)
+        explained.append(1 - micro_batches * sum(each) / len(each) / gpt2.shortest_step(each, micro_batches))
     clock.stop()
     return median(waited), median(explained)
 

@@ -213,11 +213,24 @@ def profile_layers(
     return [typical if index in blocks else seconds for index, seconds in enumerate(costs)]
 
 
+def shortest_step(stage_s: list[float], micro_batches: int) -> float:
+    """Seconds of a step whose stages take `stage_s` a micro-batch: fill and drain once, then the slowest sets the pace.
+
+    Messages and the optimizer are not in it.
+    """
+    return sum(stage_s) + (micro_batches - 1) * max(stage_s)
+
+
 def best_balanced(costs: list[float], num_stages: int) -> str:
     return "parts:" + ",".join(map(str, best_parts(costs, num_stages)))
 
 
 # --- measuring it ---
+
+
+def in_ms(seconds: Iterable[float]) -> str:
+    """The times of the stages, in milliseconds, for a table."""
+    return " ".join(f"{1000 * value:.1f}" for value in seconds)
 
 
 def config_to_measure(path: str, micro_batch: int | None) -> dict:

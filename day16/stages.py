@@ -57,9 +57,9 @@ def all_cuts(sizes: list[int], costs: list[float], stages: int) -> dict[tuple[in
 
 def main() -> None:
     args = parse_args()
-    for name, least in {"stages": 1, "micro_batch": 1, "micro_batches": 1, "rounds": 1, "num_layers": 1}.items():
-        if (value := getattr(args, name)) is not None and value < least:
-            raise UserError(f"--{name} {value}: at least {least}")
+    for name in ("stages", "micro_batch", "micro_batches", "rounds", "num_layers"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name} {value}: at least 1")
     shape = gpt2.shape_of(args.model, len(load_tokenizer(get_preset(args.model).tokenizer)), args.num_layers)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     with torch.device("meta"):
@@ -77,13 +77,14 @@ def main() -> None:
     for parts, names in cuts.items():
         stage_s = [median(seconds) for seconds in times[parts]]
         layers_s = [sum(costs[start:stop]) for start, stop in zip(parts, parts[1:], strict=False)]
-        step_s = sum(stage_s) + (args.micro_batches - 1) * max(
-            stage_s
-        )  # fill and drain once; the slowest sets the pace
-        row = {"cut": names, "parts": " ".join(map(str, parts))}
-        row["stage_ms"] = " ".join(f"{1000 * seconds:.1f}" for seconds in stage_s)
-        row["layers_ms"] = " ".join(f"{1000 * seconds:.1f}" for seconds in layers_s)
-        row |= {"slowest_by_fastest": max(stage_s) / min(stage_s), "tokens_per_s": tokens / step_s}
+        row = {
+            "cut": names,
+            "parts": " ".join(map(str, parts)),
+            "stage_ms": gpt2.in_ms(stage_s),
+            "layers_ms": gpt2.in_ms(layers_s),
+            "slowest_by_fastest": max(stage_s) / min(stage_s),
+            "tokens_per_s": tokens / gpt2.shortest_step(stage_s, args.micro_batches),
+        }
         table.append(row)
         print(f"{row['cut']} | cut at {row['parts']} | stages {row['stage_ms']} ms (layers {row['layers_ms']})")
         print(f"    slowest / fastest {row['slowest_by_fastest']:.2f} | at most {row['tokens_per_s']:.0f} tok/s")
