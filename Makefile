@@ -48,12 +48,12 @@ day%: FORCE  ## run a day's program: make day05, make day05 RANKS=4 ARGS="--step
 	$(LAUNCH) $@/train.py $(ARGS)
 
 day01: $(STAMP) FORCE
-	$(BIN)/python day01/check_env.py
-	$(LAUNCH) day01/hello_distributed.py
+	$(BIN)/python day01/labs/check_env.py
+	$(LAUNCH) day01/labs/hello_distributed.py
 	$(BIN)/python day01/train.py $(ARGS)
 
 day03: $(STAMP) FORCE
-	$(BIN)/python day03/compare.py --ranks $(RANKS) $(ARGS)
+	$(BIN)/python day03/labs/compare.py --ranks $(RANKS) $(ARGS)
 
 day22 day23: $(MODEL) FORCE
 	$(LAUNCH) $@/train.py $(ARGS)

@@ -15,8 +15,8 @@ from common.errors import UserError
 from common.ranks import print0
 from common.run_log import ROOT, show_path
 from day17 import checkpoints as ckpt
-from day17.train import save as save_whole
-from day18.train import load_safely
+from day17.saving import save as save_whole
+from day18.loading import load_safely
 
 __all__ = ["choose", "load", "save", "load_safely"]
 

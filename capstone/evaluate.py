@@ -33,7 +33,7 @@ from common.ranks import over_ranks, print0
 from common.run_log import show_path
 from day17.checkpoints import newest_good, rank_and_world, write_whole
 from day18.export import fp32_weights
-from day18.train import load_safely
+from day18.loading import load_safely
 
 
 def load_model(folder: Path, config: Config) -> torch.nn.Module:

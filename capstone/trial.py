@@ -3,7 +3,7 @@
     deepspeed --num_accelerators 2 --module capstone.trial --spec runs/capstone/tiny/tune/trial.json
 
 Expect a last line `row {...}` with tokens/s and peak bytes; or a line `no memory: ...` and exit code 1. tune.py starts
-it. The limit is PyTorch's on a GPU and the operating system's on CPU, as on day 12 (day12/trial.py).
+it. The limit is PyTorch's on a GPU and the operating system's on CPU, as on day 12 (day12/labs/trial.py).
 """
 
 import argparse

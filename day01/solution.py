@@ -1,8 +1,14 @@
 """Day 01, the answers. Run it like the exercise: deepspeed --num_accelerators 2 day01/solution.py. Source: notes.md."""
 
+import sys
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
-from exercise import check, clear_errors
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
+from day01.exercise import check, clear_errors
 
 
 def all_reduce_bytes(num_bytes: int, num_ranks: int) -> float:

@@ -1,9 +1,15 @@
 """Day 02, the answers. Run it like the exercise: deepspeed --num_accelerators 2 day02/solution.py. Source: notes.md."""
 
+import sys
+from pathlib import Path
+
 import deepspeed
 import torch
-from exercise import ACCUMULATION, MICRO_BATCH, check, clear_errors
 from torch.nn.functional import mse_loss
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
+from day02.exercise import ACCUMULATION, MICRO_BATCH, check, clear_errors
 
 
 def make_config(num_ranks: int) -> dict:

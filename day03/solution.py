@@ -1,6 +1,11 @@
 """Day 03, the answer. Run it like the exercise: deepspeed --num_accelerators 2 day03/solution.py. Source: notes.md."""
 
-from exercise import check, clear_errors
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
+from day03.exercise import check, clear_errors
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 4,

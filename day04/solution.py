@@ -1,6 +1,11 @@
 """Day 04, the answers. Run it like the exercise: deepspeed --num_accelerators 2 day04/solution.py. Source: notes.md."""
 
-from exercise import ADAMW, check, clear_errors
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
+from day04.exercise import ADAMW, check, clear_errors
 
 BASE = {"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.5, "optimizer": ADAMW}
 

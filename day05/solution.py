@@ -1,8 +1,14 @@
 """Day 05, the answers. Run it like the exercise: deepspeed --num_accelerators 2 day05/solution.py. Source: notes.md."""
 
+import sys
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
-from exercise import check, clear_errors
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
+from day05.exercise import check, clear_errors
 
 
 def slice_of(psi: int, rank: int, num_ranks: int) -> tuple[int, int]:

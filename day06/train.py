@@ -11,7 +11,6 @@ Checked with deepspeed 0.19.8. Source: Rajbhandari et al. 2019 (ZeRO), arXiv:191
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 import deepspeed
@@ -19,16 +18,17 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
+sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 # Copying this script? Replace these imports with your own data, model and logger.
 from common.cpu import start_without_compiler
 from common.data import endless_batches, held_out_loss, load_corpus, load_tokenizer, to_device
 from common.errors import UserError, clear_errors
-from common.memory import bucket_tensors, bytes_by_kind, live_tensors
+from common.memory import live_tensors
 from common.model import build_model, get_preset
 from common.ranks import print0, require_launcher
 from common.run_log import RunLog, default_run_dir
+from day06.gradients import gradients_held
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,13 +42,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default="mini", help="preset of common/model.py")
     parser.add_argument("--corpus", default="all", help="shipped corpus, text file, or Hugging Face data set")
     return parser.parse_args()
-
-
-def gradients_held(engine: deepspeed.DeepSpeedEngine, at_boundary: set[int]) -> dict[str, int]:
-    """Bytes of the tensors that were not there between two optimizer steps: buckets, and what is left, gradients."""
-    time.sleep(0.1)  # gloo's thread lets go of the last message a moment after it has arrived
-    new = [tensor for address, tensor in live_tensors(engine.device).items() if address not in at_boundary]
-    return bytes_by_kind(new, buckets=bucket_tensors(engine.optimizer))
 
 
 def print_gradients(engine: deepspeed.DeepSpeedEngine, at_boundary: set[int], when: str) -> None:

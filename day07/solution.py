@@ -1,9 +1,15 @@
 """Day 07, the answers. Run it like the exercise: deepspeed --num_accelerators 2 day07/solution.py. Source: notes.md."""
 
+import sys
+from pathlib import Path
+
 import deepspeed
 import torch
 import torch.distributed as dist
-from exercise import check, clear_errors
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
+from day07.exercise import check, clear_errors
 
 
 def count_parameters(model: torch.nn.Module) -> int:

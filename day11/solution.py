@@ -1,8 +1,14 @@
 """Day 11, the answers. Run it like the exercise: deepspeed --num_accelerators 2 day11/solution.py. Source: notes.md."""
 
+import sys
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
-from exercise import HYSTERESIS, LR, MIN_SCALE, WINDOW, check, clear_errors
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
+from day11.exercise import HYSTERESIS, LR, MIN_SCALE, WINDOW, check, clear_errors
 
 
 class Fp16Optimizer:

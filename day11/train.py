@@ -16,11 +16,10 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch.utils.data import DataLoader, DistributedSampler
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
+sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 # Copying this script? Replace these imports with your own data, model and logger.
 from common.cpu import start_without_compiler
@@ -30,6 +29,7 @@ from common.model import build_model, get_preset
 from common.ranks import print0, require_launcher
 from common.run_log import RunLog, default_run_dir, show_path
 from config.check import check
+from day11.precision import emulate_fp16, loss_scale
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,22 +44,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default="tiny", help="preset of common/model.py")
     parser.add_argument("--corpus", default="all", help="shipped corpus, text file, or Hugging Face data set")
     return parser.parse_args()
-
-
-def emulate_fp16() -> None:
-    """Let fp16 run on CPUs where DeepSpeed refuses it: it asks oneDNN, whose fp16 kernels need AVX512-FP16.
-
-    PyTorch's own kernels round each result to fp16 all the same, slowly: the numbers are fp16's, the speed is not.
-    """
-    if get_accelerator().device_name() == "cpu":
-        get_accelerator().is_fp16_supported = lambda: True
-
-
-def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float | None:
-    """The loss scale now: DeepSpeed's for fp16, PyTorch's GradScaler's for autocast to fp16, None for the others."""
-    scaler = engine.torch_autocast_z0_gradscaler or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
-    scale = scaler.get_scale() if scaler else engine.optimizer.loss_scale if engine.fp16_enabled() else None
-    return scale and float(scale)
 
 
 def refuse_errors(path: str) -> None:

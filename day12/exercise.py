@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from gpt import build_gpt
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ is one l
 from common.errors import UserError, clear_errors
 from common.model import PRESETS, Preset
 from common.ranks import print0, require_launcher
+from day12.gpt import build_gpt
 
 # A run on two devices of 1e12 FLOP/s each: rows of metrics.jsonl, as day12/train.py writes them. Tokens/s: all ranks.
 LOG = [

@@ -1,6 +1,6 @@
 """Day 12: a lean GPT-2 that keeps a GPU busy: the model that train.py and the other scripts of this day train.
 
-    from gpt import build_gpt     # day12/gpt.py, in a script that lies beside it
+    from day12.gpt import build_gpt, parameter_groups
 
 What it leaves out of `transformers`' GPT-2, and why it is faster: no biases (as nanoGPT), Linear instead of Conv1D,
 attention in one fused kernel, a vocabulary padded to a multiple of 128 (odd sizes miss the tensor cores).
@@ -75,7 +75,7 @@ class GPT(nn.Module):
             return CausalLMOutput(logits=F.linear(x, self.wte.weight)[..., : self.vocab_size])
         targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # the last position has nothing to predict
         if self.fused_loss:
-            from loss import linear_cross_entropy  # here, because it needs Triton
+            from day12.loss import linear_cross_entropy  # here, because it needs Triton
 
             loss = linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets, self.vocab_size)
         elif self.loss_chunks == 1:
@@ -123,3 +123,10 @@ def to_transformers(model: GPT, eos_token_id: int) -> GPT2LMHeadModel:
     weights["lm_head.weight"] = weights["transformer.wte.weight"]
     whole.load_state_dict(weights)
     return whole.eval()
+
+
+def parameter_groups(model: torch.nn.Module) -> list[dict]:
+    """AdamW's groups: matrices decay as the JSON says. LayerNorm's scales do not: they belong at 1, not at 0."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]

@@ -1,6 +1,6 @@
 """Day 12: the last layer and the cross-entropy in one step, so that the logits are written once and read once.
 
-    from loss import linear_cross_entropy     # day12/loss.py, in a script that lies beside it
+    from day12.loss import linear_cross_entropy
 
 GPT-2's logits are its largest tensor: 32 sequences of 1,024 tokens times 50,304 ids in 16 bits are 3.3 GB. PyTorch
 writes them, reads them for the loss, reads them again and writes their gradient. The kernel below reads each row once

@@ -1,15 +1,10 @@
-"""Day 12: resource use - how much of the hardware a run of train.py used, from its log.
+"""Day 12: resource use - meters for what a device could do and what it did: data sheet, matrix product, utilisation.
 
-    python day12/resources.py runs/day12/20261125-120000
-    python day12/resources.py runs/day12/20261125-120000 --measure
+    from day12.resources import peak_flops, utilisation_meter     # train.py logs them, labs/resources.py reads them
 
-Expect a table with tokens/s, model FLOP utilisation (MFU), data-loader share and GPU utilisation, and a plot beside
-the log. MFU is work that the model needs, a second, over what the device could do: recomputed work does not count.
-With --measure "could do" is not the data sheet's figure but a large matrix product, timed on this machine.
 Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, section 4.1 and appendix B.
 """
 
-import argparse
 import subprocess
 import sys
 import time
@@ -21,9 +16,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ is one level up
 
-from common.errors import UserError, clear_errors
-from common.plots import plt
-from common.run_log import read_rows, show_path
 
 # Dense bf16 FLOP/s by a part of the device's name. NVIDIA's data sheets print the figure "with sparsity", twice these.
 PEAK_FLOPS = {
@@ -31,13 +23,6 @@ PEAK_FLOPS = {
     "H200": 989e12,  # https://www.nvidia.com/en-us/data-center/h200/
     "A100": 312e12,  # https://www.nvidia.com/en-us/data-center/a100/
 }
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="run folder of day12/train.py")
-    parser.add_argument("--measure", action="store_true", help="time a matrix product here, and take that as the peak")
-    return parser.parse_args()
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -95,40 +80,3 @@ def summary(usage: list[dict], why_no_utilisation: str) -> str:
     mfu = f"{middle['mfu']:.1%}" if "mfu" in middle else "unknown: no peak FLOP/s known for this device"
     gpu = f"{middle['gpu_utilisation']:.0f} %" if "gpu_utilisation" in middle else f"unknown: {why_no_utilisation}"
     return f"MFU {mfu} | data loader {middle['data_share']:.2%} of the time | GPU utilisation {gpu}"
-
-
-def main() -> None:
-    args = parse_args()
-    if not (Path(args.run) / "metrics.jsonl").exists():
-        raise UserError(f"no log {args.run}/metrics.jsonl: name the run folder of a day12/train.py")
-    rows = read_rows(args.run)
-    setup = next((row for row in rows if "flops_per_token" in row), None)
-    steps = [row for row in rows if "data_share" in row][1:]  # the first line pays for starting up
-    if not setup or not steps:
-        raise UserError(f"{args.run}/metrics.jsonl has no resource figures: it takes two log lines of day12/train.py")
-    peak = setup["peak_flops"] and setup["peak_flops"] * setup["ranks"]
-    if args.measure:  # what one rank can do here, with as many threads as it had
-        peak = measured_flops(torch.accelerator.current_accelerator() or torch.device("cpu")) * setup["ranks"]
-        print(f"measured: {peak / 1e12:.3f} TFLOP/s in bf16 matrix products, {setup['ranks']} ranks")
-    for row in steps:
-        row["mfu"] = peak and row["tokens_per_s"] * setup["flops_per_token"] / peak
-    columns = {"tokens_per_s": ",.0f", "mfu": ".1%", "data_share": ".1%", "gpu_utilisation": ".0f"}
-    show = {name: [row[name] for row in steps if row.get(name) is not None] for name in columns}
-    print(f"{setup['num_params']:,} parameters, {setup['flops_per_token']:,} FLOPs a token, {len(steps)} log lines")
-    for name, values in show.items():
-        low, middle, high = (format(f(values), columns[name]) if values else "-" for f in (min, median, max))
-        print(f"{name:16} min {low:>9} | median {middle:>9} | max {high:>9}" if values else f"{name:16} unknown")
-
-    figure, axes = plt.subplots(figsize=(7, 3))
-    for name, scale in {"mfu": 100, "data_share": 100, "gpu_utilisation": 1}.items():
-        if show[name]:
-            axes.plot([row["step"] for row in steps], [scale * value for value in show[name]], label=name)
-    axes.set(xlabel="optimizer step", ylabel="percent", title="resource use")
-    axes.legend()
-    figure.savefig(Path(args.run) / "resources.png", dpi=120, bbox_inches="tight")
-    print(f"plot: {show_path(args.run)}/resources.png")
-
-
-if __name__ == "__main__":
-    with clear_errors():
-        main()

@@ -1,9 +1,14 @@
 """Day 12, the answers. Run it like the exercise: deepspeed --num_accelerators 2 day12/solution.py. Source: notes.md."""
 
+import sys
+from pathlib import Path
 from statistics import median
 
 import torch
-from exercise import Preset, check, clear_errors
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
+from day12.exercise import Preset, check, clear_errors
 
 
 def flops_per_token(preset: Preset, padded_vocabulary: int) -> int:

@@ -24,12 +24,10 @@ import deepspeed
 import hjson
 import torch
 from deepspeed.accelerator import get_accelerator
-from gpt import GPT, build_gpt, to_transformers
-from resources import peak_flops, summary, utilisation_meter
 from torch.utils.data import DataLoader, DistributedSampler
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
+sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 # Copying this script? Replace these imports with your own data, model and logger.
 from common.cpu import start_without_compiler
@@ -38,6 +36,8 @@ from common.errors import UserError, clear_errors
 from common.model import get_preset
 from common.ranks import print0, require_launcher
 from common.run_log import RunLog, default_run_dir, show_path
+from day12.gpt import GPT, build_gpt, parameter_groups, to_transformers
+from day12.resources import peak_flops, summary, utilisation_meter
 
 
 def parse_args() -> argparse.Namespace:
@@ -70,13 +70,6 @@ def read_config(path: str, num_steps: int) -> dict:
         share = schedule.get("warmup_num_steps", 0) / schedule["total_num_steps"]
         schedule |= {"total_num_steps": num_steps, "warmup_num_steps": max(1, round(share * num_steps))}
     return config
-
-
-def parameter_groups(model: torch.nn.Module) -> list[dict]:
-    """AdamW's groups: matrices decay as the JSON says. LayerNorm's scales do not: they belong at 1, not at 0."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def batches_from(loader: DataLoader, position: int) -> Iterator[dict[str, torch.Tensor]]:

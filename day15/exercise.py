@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule
-from schedule import in_flight, play, read_schedule
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ is one level up
 
 from common.cpu import start_without_compiler
 from common.errors import UserError, clear_errors
 from common.ranks import print0, require_launcher
+from day15.schedule import in_flight, play, read_schedule
 
 TOKENS, HIDDEN, CLASSES, DEPTH = 50, 16, 3, 3
 CONFIG = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, "gradient_clipping": 0.0}

@@ -1,6 +1,6 @@
 """Day 15: layers - what a small GPT is made of, in plain PyTorch: each takes what the one before it gives.
 
-    from layers import Block, Embed, next_token_loss     # in a script that lies beside it
+    from day15.layers import Block, Embed, next_token_loss
 
 What day15/layers.py defines, day15/train.py lists as LayerSpecs. Only tensors go from one to the next.
 Source: Radford et al. 2019, GPT-2 (here without dropout, and with an output layer of its own).

@@ -1,11 +1,16 @@
 """Day 15, the answers. Run it like the exercise: deepspeed --num_accelerators 2 day15/solution.py. Source: notes.md."""
 
 import math
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 from deepspeed.pipe import LayerSpec
-from exercise import CLASSES, DEPTH, HIDDEN, TOKENS, check, clear_errors
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
+from day15.exercise import CLASSES, DEPTH, HIDDEN, TOKENS, check, clear_errors
 
 
 def bubble(stages: int, micro_batches: int) -> Fraction:

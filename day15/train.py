@@ -20,11 +20,10 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule
-from layers import Block, Embed, next_token_loss
 from torch.utils.data import DataLoader, DistributedSampler
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
+sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 # Copying this script? Replace these imports with your own data and logger.
 from common.cpu import start_without_compiler
@@ -33,6 +32,7 @@ from common.errors import UserError, clear_errors
 from common.model import Preset, get_preset
 from common.ranks import print0, require_launcher
 from common.run_log import RunLog, default_run_dir
+from day15.layers import Block, Embed, next_token_loss
 
 
 def parse_args() -> argparse.Namespace:

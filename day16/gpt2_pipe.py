@@ -1,7 +1,7 @@
 """Day 16: gpt2_pipe - GPT-2 as a list of layers for PipelineModule, with Hugging Face's weights, and where to cut it.
 
-A module, nothing to start: `day16/train.py`, `day16/balance.py`, `day16/compare.py`, `day16/verify.py` import it, and
-`day16/convert.py` goes back to transformers. To copy a pipeline of GPT-2, take day16/gpt2_pipe.py along.
+A module, nothing to start: `day16/train.py` and the labs import it, and `day16/convert.py` goes back to transformers.
+To copy a pipeline of GPT-2, take day16/gpt2_pipe.py along.
 Checked with deepspeed 0.19.8 and transformers 5.20. Source: deepspeed/runtime/pipe/module.py; issue DeepSpeed 2974.
 """
 

@@ -1,11 +1,16 @@
 """Day 16, the answers. Run it like the exercise: deepspeed --num_accelerators 2 day16/solution.py. Source: notes.md."""
 
+import sys
 from fractions import Fraction
 from itertools import combinations
+from pathlib import Path
 
 import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
-from exercise import HIDDEN, TOKENS, check, clear_errors
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
+from day16.exercise import HIDDEN, TOKENS, check, clear_errors
 
 
 def head(embedding: torch.nn.Embedding, x: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
     python day17/checkpoints.py runs/my_run/checkpoints
 
 Expect a line for each checkpoint: its name, what it holds, and "good" or what is wrong with it.
-day17/train.py saves through this module, day18/train.py resumes through it; copy it, it needs no DeepSpeed.
+day17/saving.py saves through this module, day18/train.py resumes through it; copy it, it needs no DeepSpeed.
 Checked with deepspeed 0.19.8. Source: the rename and fsync pages of the Linux manual (man 2 rename, man 2 fsync).
 """
 
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.utils.data import Sampler
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
+sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 from common.errors import UserError, clear_errors
 

@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+import sys
+from pathlib import Path
 
-from exercise import Disk, check, clear_errors
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
+from day17.exercise import Disk, check, clear_errors
 
 
 def sums(content: dict[str, bytes]) -> bytes:

@@ -12,7 +12,6 @@ Checked with deepspeed 0.19.8. Source: deepspeed/runtime/engine.py, save_checkpo
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 import deepspeed
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
+sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 # Copying this script? Take day17/checkpoints.py along, and replace the others with your own data, model and logger.
 from common.cpu import start_without_compiler
@@ -31,6 +30,7 @@ from common.model import build_model, get_preset
 from common.ranks import print0, require_launcher
 from common.run_log import RunLog, default_run_dir, show_path
 from day17 import checkpoints as ckpt
+from day17.saving import save
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,31 +47,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--keep_last", type=int, default=2, help="checkpoints kept, beside the best one")
     parser.add_argument("--dropout", type=float, default=0.1, help="dropout: each rank draws its own random numbers")
     return parser.parse_args()
-
-
-def save(engine: deepspeed.DeepSpeedEngine, root: Path, step: int, keep_last: int, held_out: float | None) -> None:
-    """Write a checkpoint under another name, publish it whole, remove old ones. Collective."""
-    start, name = time.perf_counter(), f"step{step:06d}"
-    partial = root / f"partial_{name}"
-    client_state = {"step": step, "sequences": engine.global_samples}  # the same on all ranks
-    with ckpt.all_or_none(f"saving {name}", root):
-        partial.mkdir(parents=True, exist_ok=True)
-    with ckpt.all_or_none(f"saving {name}", root):
-        try:  # weights, optimizer, schedule, loss scale; save_latest would write `latest` in place
-            engine.save_checkpoint(str(root), tag=partial.name, client_state=client_state, save_latest=False)
-        except (OSError, RuntimeError):
-            dist.barrier()  # save_checkpoint ends with one, where the other ranks wait for this one
-            raise
-    with ckpt.all_or_none(f"saving {name}", root):
-        torch.save(ckpt.random_state(engine.device), partial / f"random_rank_{engine.global_rank}.pt")
-    written_s = time.perf_counter() - start
-    facts = {"step": step, "ranks": engine.dp_world_size, "zero_stage": engine.zero_optimization_stage()}
-    facts |= {"global_batch": engine.train_batch_size(), "held_out_loss": held_out, "deepspeed": deepspeed.__version__}
-    total = sum(entry["bytes"] for entry in ckpt.publish(partial, name, **facts)["files"].values())
-    if engine.global_rank == 0:
-        kept = ckpt.prune(root, keep_last)
-        seconds = f"{time.perf_counter() - start:.2f} s, {written_s:.2f} of it writing"
-        print0(f"saved {name}: {total:,} bytes, stood {seconds} | kept {' '.join(kept)}")
 
 
 def main() -> None:

@@ -19,12 +19,12 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
+sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 from common.errors import UserError, clear_errors
 from common.run_log import show_path
 from day17.checkpoints import all_or_none, newest_good, publish, rank_and_world, read_manifest, write_whole
-from day18.train import load_safely
+from day18.loading import load_safely
 
 # What the two families of stages call the file with step counters, schedule and client state.
 STAGE_3, STAGES_1_2 = "zero_pp_rank_0_mp_rank_00_model_states.pt", "mp_rank_00_model_states.pt"

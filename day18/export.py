@@ -15,14 +15,14 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
+sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 from common.data import held_out_loss, load_corpus, load_tokenizer
 from common.errors import UserError, clear_errors
 from common.model import build_model, get_preset
 from common.run_log import show_path
 from day17.checkpoints import newest_good, read_manifest
-from day18.train import load_safely
+from day18.loading import load_safely
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,9 +1,14 @@
 """Day 18, the answers. Run it like the exercise: deepspeed --num_accelerators 2 day18/solution.py. Source: notes.md."""
 
 import math
+import sys
+from pathlib import Path
 
 import torch
-from exercise import check, clear_errors
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
+from day18.exercise import check, clear_errors
 
 
 def to_universal(parts: list[torch.Tensor], shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:

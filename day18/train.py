@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
+sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 # Copying this script? Take the last three of these along, and replace the others with your own data, model and logger.
 from common.cpu import start_without_compiler
@@ -33,7 +33,8 @@ from common.model import build_model, get_preset
 from common.ranks import print0, require_launcher
 from common.run_log import RunLog, default_run_dir, read_rows, show_path
 from day17 import checkpoints as ckpt
-from day17.train import save
+from day17.saving import save
+from day18.loading import load_safely
 from day18.supervise import Heartbeat
 
 
@@ -51,19 +52,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--keep_last", type=int, default=2, help="checkpoints kept, beside the best one")
     parser.add_argument("--dropout", type=float, default=0.1, help="dropout: each rank draws its own random numbers")
     return parser.parse_args()
-
-
-def load_safely() -> None:
-    """Let no checkpoint run code: DeepSpeed passes weights_only=False everywhere, this variable overrules it.
-
-    The optimizer's files name a few of DeepSpeed's own classes. They are allowed, and nothing else is.
-    """
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
 
 
 def choose(root: Path, config: dict) -> tuple[Path | None, dict]:

@@ -1,8 +1,8 @@
 """Day 22: chat_data - dialogues as training samples: chat template, loss on the answers only, batches of like length.
 
-Of day22/chat_data.py a training loop needs load_chat and collate; day22/look.py shows what comes out. `load_chat` takes
-the shipped set "chat", a JSON-lines file, a Hugging Face data set, or a corpus of common/data.py ("moby_dick", "sotu",
-"all") in plain blocks, to continue pretraining.
+Of day22/chat_data.py a training loop needs load_chat and collate; day22/labs/look.py shows what comes out. `load_chat`
+takes the shipped set "chat", a JSON-lines file, a Hugging Face data set, or a corpus of common/data.py ("moby_dick",
+"sotu", "all") in plain blocks, to continue pretraining.
 Two forms of dialogues are understood: a column `messages` ([{"role": "user", "content": ...}, ...]), or `prompt` and
 `response`. With a column `source` the held-out part has sources of its own, else it has prompts of its own.
 Source: https://huggingface.co/docs/transformers/chat_templating, transformers 5.20.
@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
+sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 from common import data
 from common.errors import UserError

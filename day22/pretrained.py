@@ -30,7 +30,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
+sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 from common import data
 from common.errors import UserError, clear_errors

@@ -1,6 +1,11 @@
 """Day 22, the answers. Run it like the exercise: deepspeed --num_accelerators 2 day22/solution.py. Source: notes.md."""
 
-from exercise import check, clear_errors
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
+from day22.exercise import check, clear_errors
 
 
 def answer_labels(turns: list[tuple[str, list[int]]], eos: int) -> list[int]:

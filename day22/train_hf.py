@@ -23,7 +23,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
+sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 from common.cpu import start_without_compiler
 from common.errors import clear_errors

@@ -1,10 +1,15 @@
 """Day 23, the answers. Run it like the exercise: deepspeed --num_accelerators 2 day23/solution.py. Source: notes.md."""
 
 import math
+import sys
+from pathlib import Path
 
 import torch
-from exercise import check, clear_errors
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
+from day23.exercise import check, clear_errors
 
 
 class LoraLinear(nn.Module):

@@ -2,9 +2,12 @@
 
 import hashlib
 import math
+import sys
 from pathlib import Path
 
-from exercise import check, clear_errors
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
+from day25.exercise import check, clear_errors
 
 
 def split_of(text: str, held_out_share: float) -> str:

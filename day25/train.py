@@ -22,7 +22,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
+sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 from capstone.config import TINY, Config, as_yaml, deepspeed_section, load_config
 from capstone.data import load_blocks, train_batches

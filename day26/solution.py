@@ -1,6 +1,11 @@
 """Day 26, the answers. Run it like the exercise: deepspeed --num_accelerators 2 day26/solution.py. Source: notes.md."""
 
-from exercise import check, clear_errors
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
+from day26.exercise import check, clear_errors
 
 
 def share_out(global_batch: int, largest_micro: int, ranks: int) -> tuple[int, int] | None:

@@ -5,7 +5,7 @@ From the repository root, on two CPU processes or two GPUs; the second command g
     deepspeed --num_accelerators 2 day26/train.py --run_dir runs/day26/mine --stop_at 250
     deepspeed --num_accelerators 2 day26/train.py --run_dir runs/day26/mine
     deepspeed --num_accelerators 1 day26/train.py --run_dir runs/day26/watched monitor.port=9400
-    python day26/kill_test.py
+    python day26/labs/kill_test.py
 
 Expect day 25's three stages, a sentence that says where training starts, checkpoints, and in the end "done". All of it
 is in capstone/train.py; this program adds the base flags and one line that runs before each forward pass.
@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
+sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 from capstone.config import TINY, Config, load_config
 from capstone.train import run

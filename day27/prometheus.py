@@ -1,4 +1,4 @@
-"""Day 27: the shipped Prometheus configuration, started for real on a faster clock. day27/watch.py asks it for alerts.
+"""Day 27: the shipped Prometheus configuration, started for real on a faster clock; labs/watch.py asks it for alerts.
 
 Every duration in the rules is divided by the same number, the scrape and evaluation intervals too; shares and ratios
 stay. A module, nothing to start: take day27/prometheus.py along to watch another run.

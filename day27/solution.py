@@ -1,9 +1,13 @@
 """Day 27, the answers. Run it like the exercise: deepspeed --num_accelerators 2 day27/solution.py. Source: notes.md."""
 
 import math
+import sys
+from pathlib import Path
 from statistics import median
 
-from exercise import check, clear_errors
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
+from day27.exercise import check, clear_errors
 
 
 def is_wrong(loss: float, last_hour: list[float]) -> str | None:

@@ -4,7 +4,7 @@ From the repository root, on two CPU processes or two GPUs:
 
     deepspeed --num_accelerators 2 day27/train.py
     deepspeed --num_accelerators 2 day27/train.py --fault nan@10 --run_dir runs/day27/broken
-    python day27/watch.py --fault nan@20
+    python day27/labs/watch.py --fault nan@20
 
 Expect training as on day 26, and at the end what the endpoints of all ranks say: that is all an alert rule ever sees.
 watch.py starts this program under a real Prometheus. Checked with deepspeed 0.19.8. Source: capstone/train.py
@@ -18,7 +18,7 @@ import urllib.request
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # Python puts only this folder on the path; common/ is one level up
+sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 from capstone import train as capstone
 from capstone.config import TINY, Config, load_config

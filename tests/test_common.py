@@ -229,11 +229,13 @@ def test_a_bucket_of_stage_3_counts_as_one_tensor():
 
 
 def test_a_result_names_the_command_as_a_reader_types_it(monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "day07/compare.py"), "--local_rank=1", "--run_dir", "x", "--bf16"])
+    monkeypatch.setattr(
+        sys, "argv", [str(ROOT / "day07/labs/compare.py"), "--local_rank=1", "--run_dir", "x", "--bf16"]
+    )
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert this_command() == "deepspeed --num_accelerators 2 day07/compare.py --bf16"
+    assert this_command() == "deepspeed --num_accelerators 2 day07/labs/compare.py --bf16"
     monkeypatch.delenv("WORLD_SIZE")
-    assert this_command() == "python day07/compare.py --bf16"
+    assert this_command() == "python day07/labs/compare.py --bf16"
 
 
 def test_errors_become_one_sentence_and_others_keep_their_traceback(capsys):

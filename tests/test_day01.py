@@ -9,7 +9,7 @@ from tests.launch import error_line, run_day, run_plain, run_ranks
 
 @pytest.mark.launch
 def test_check_env_reports_versions_devices_and_readiness():
-    run = run_plain("day01/check_env.py")
+    run = run_plain("day01/labs/check_env.py")
     rows = dict(re.findall(r"^(\S.{20}\S?) +.*?(OK|-|MISSING)\b", run.stdout, re.M))
     names = {name.strip() for name in rows}
     assert {"Python", "torch", "deepspeed", "accelerator", "communication backend", "g++", "ninja"} <= names
@@ -19,7 +19,7 @@ def test_check_env_reports_versions_devices_and_readiness():
 @pytest.mark.launch
 def test_check_env_says_what_to_do_when_deepspeed_is_not_there(tmp_path):
     (tmp_path / "deepspeed.py").write_text("raise ImportError('No module named deepspeed')")
-    run = run_plain("day01/check_env.py", check=False, PYTHONPATH=str(tmp_path))
+    run = run_plain("day01/labs/check_env.py", check=False, PYTHONPATH=str(tmp_path))
     assert run.code == 1 and re.search(r"^deepspeed .*MISSING +pip install -r requirements.txt", run.stdout, re.M)
     assert "not ready: deepspeed missing" in run.stderr
 
@@ -28,7 +28,7 @@ def test_check_env_says_what_to_do_when_deepspeed_is_not_there(tmp_path):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_collectives_do_what_the_notes_say(ranks):
     run = run_day if ranks == 2 else run_ranks
-    out = run("day01/hello_distributed.py", "--numel", 2 * ranks, ranks=ranks).stdout
+    out = run("day01/labs/hello_distributed.py", "--numel", 2 * ranks, ranks=ranks).stdout
     table = r"^(every rank|broadcast|all-reduce|reduce-scatter|all-gather)\b.*\n((?:    rank.*\n)+)"
     shown = {title: re.findall(r"rank \d+: \[(.*)\]", body) for title, body in re.findall(table, out, re.M)}
     rows = {title: [[int(v) for v in row.split(", ")] for row in lines] for title, lines in shown.items()}
@@ -45,7 +45,7 @@ def test_collectives_do_what_the_notes_say(ranks):
 
 @pytest.mark.launch
 def test_hello_refuses_a_size_that_cannot_be_cut():
-    run = run_ranks("day01/hello_distributed.py", "--numel", 5, ranks=2, check=False)
+    run = run_ranks("day01/labs/hello_distributed.py", "--numel", 5, ranks=2, check=False)
     assert run.code != 0 and "--numel 5 cannot be cut into 2 equal parts" in error_line(run)
 
 

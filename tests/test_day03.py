@@ -15,7 +15,7 @@ def compared(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("compare")
     configs = [f"day03/ds_config{name}.json" for name in ("", "_cosine", "_sgd")]
     flags = ["--configs", *configs, "--steps", 30, "--log_every", 5, "--run_dir", run_dir, "--port", free_port()]
-    run = run_plain("day03/compare.py", *flags)
+    run = run_plain("day03/labs/compare.py", *flags)
     return run, json.loads((run_dir / "compare.json").read_text()), run_dir
 
 
@@ -75,19 +75,19 @@ def test_every_config_is_complete():
 
 @pytest.mark.launch
 def test_compare_refuses_two_configs_of_one_name():
-    run = run_plain("day03/compare.py", "--configs", "day02/ds_config.json", "day03/ds_config.json", check=False)
+    run = run_plain("day03/labs/compare.py", "--configs", "day02/ds_config.json", "day03/ds_config.json", check=False)
     assert run.code == 1 and "two configs are called ds_config: " in run.stderr and "Traceback" not in run.stderr
 
 
 @pytest.mark.launch
 def test_a_run_shorter_than_log_every_has_a_speed(tmp_path):
     flags = ["--configs", "day03/ds_config.json", "--steps", 2, "--run_dir", tmp_path, "--port", free_port()]
-    run_plain("day03/compare.py", *flags)
+    run_plain("day03/labs/compare.py", *flags)
     assert json.loads((tmp_path / "compare.json").read_text())["table"][0]["tokens_per_s"] > 0
 
 
 @pytest.mark.launch
 def test_compare_names_the_config_that_fails(tmp_path):
     (tmp_path / "bad.json").write_text('{"train_micro_batch_size_per_gpu": 8,')
-    run = run_plain("day03/compare.py", "--configs", tmp_path / "bad.json", "--run_dir", tmp_path, check=False)
+    run = run_plain("day03/labs/compare.py", "--configs", tmp_path / "bad.json", "--run_dir", tmp_path, check=False)
     assert run.code == 1 and "bad.json failed: " in run.stderr and "not valid JSON" in run.stderr

@@ -88,7 +88,7 @@ def test_a_key_written_twice_is_refused_as_deepspeed_does(tmp_path):
 def test_tune_compares_variants_and_keeps_going_after_a_failure(tmp_path):
     variants = ["zero_optimization.stage=0", "zero_optimization.stage=7"]
     flags = ["--variants", *variants, "--steps", 10, "--run_dir", tmp_path, "--port", free_port()]
-    run_plain("day04/tune.py", *flags)
+    run_plain("day04/labs/tune.py", *flags)
     unchanged, stage0, stage7 = json.loads((tmp_path / "tune.json").read_text())["table"]
     assert unchanged["relative"] == 1.0 and stage0["relative"] > 0
     # bytes a parameter, fp32, two ranks: ZeRO-0 4 + 8; ZeRO-1 4 + (4 + 8) / 2 = 10, buckets freed between steps

@@ -45,7 +45,7 @@ def test_zero1_holds_all_gradients_until_the_last_micro_batch(tmp_path):
 
 @pytest.mark.launch
 def test_compare_counts_what_the_arithmetic_says(tmp_path):
-    run_ranks("day06/compare.py", "--steps", 4, "--run_dir", tmp_path, ranks=2)
+    run_ranks("day06/labs/compare.py", "--steps", 4, "--run_dir", tmp_path, ranks=2)
     table = json.loads((tmp_path / "compare.json").read_text())["table"]
     rows = {(row["config"], row["accumulation"]): row for row in table}
     half = ALL_GRADIENTS / 2  # (N - 1)/N of a gradient, the unit in which a ring sends, N = 2
@@ -76,7 +76,12 @@ def test_a_stage_without_gradient_buckets_gets_one_sentence(tmp_path):
 @pytest.mark.launch
 @pytest.mark.parametrize(
     ("script", "steps"),
-    [("day06/compare.py", 3), ("day07/compare.py", 5), ("day07/speed.py", 4), ("day10/compare.py", 2)],
+    [
+        ("day06/labs/compare.py", 3),
+        ("day07/labs/compare.py", 5),
+        ("day07/labs/speed.py", 4),
+        ("day10/labs/compare.py", 2),
+    ],
 )
 def test_steps_too_few_to_time_get_one_sentence(script, steps, tmp_path):
     run = run_ranks(script, "--steps", steps, "--run_dir", tmp_path, check=False)

@@ -20,7 +20,7 @@ def compared(tmp_path_factory):
     for ranks, cases in CASES.items():
         run_dir = tmp_path_factory.mktemp(f"ranks{ranks}")
         chosen = ["--cases", *cases] if cases else []
-        run_ranks("day07/compare.py", "--global_batch", 12, "--run_dir", run_dir, *chosen, ranks=ranks)
+        run_ranks("day07/labs/compare.py", "--global_batch", 12, "--run_dir", run_dir, *chosen, ranks=ranks)
         tables[ranks] = {row["case"]: row for row in json.loads((run_dir / "compare.json").read_text())["table"]}
         assert (run_dir / "memory.png").exists() and (run_dir / "speed.png").exists()
     return tables
@@ -97,7 +97,7 @@ def test_one_limit_alone_frees_no_weight_of_a_small_model(tmp_path):
 @pytest.mark.launch
 def test_bf16_stays_within_its_band(tmp_path):
     cases = ["ddp", "zero1", "zero3"]
-    run_ranks("day07/compare.py", "--bf16", "--cases", *cases, "--steps", 6, "--run_dir", tmp_path, ranks=2)
+    run_ranks("day07/labs/compare.py", "--bf16", "--cases", *cases, "--steps", 6, "--run_dir", tmp_path, ranks=2)
     first, *others = json.loads((tmp_path / "compare.json").read_text())["table"]
     for row in others:  # 2e-3 was measured over 20 steps: bf16 has 8 bits of mantissa
         assert max(abs(a - b) for a, b in zip(row["losses"], first["losses"], strict=True)) < 1e-2, row["case"]
@@ -110,7 +110,7 @@ def test_speed_changes_what_it_names_and_nothing_else(tmp_path):
     """Two blocks: leaf modules leave hooks on the blocks and around them, none inside; every rung trains alike."""
     cases = ["fsdp2", "zero2", "defaults", "leaf", "leaf_copies", "leaf_live"]
     flags = ["--cases", *cases, "--micro_batch", 2, "--steps", 6, "--run_dir", tmp_path]
-    run_ranks("day07/speed.py", *flags, ranks=2)
+    run_ranks("day07/labs/speed.py", *flags, ranks=2)
     rows = {row["case"]: row for row in json.loads((tmp_path / "speed.json").read_text())["table"]}
     assert list(rows) == cases and (tmp_path / "speed.png").exists()
     for case in cases[1:]:  # 2e-3 was measured against fp32 weights: bf16 has 8 bits of mantissa
@@ -123,7 +123,7 @@ def test_speed_changes_what_it_names_and_nothing_else(tmp_path):
 
 @pytest.mark.launch
 def test_speed_looks_only_into_what_it_trains():
-    run = run_plain("day07/speed.py", "--cases", "zero2", "--profile", "leaf", check=False)
+    run = run_plain("day07/labs/speed.py", "--cases", "zero2", "--profile", "leaf", check=False)
     assert error_line(run).startswith("--profile leaf: only a case that is trained; add it to --cases")
 
 
@@ -141,7 +141,7 @@ def test_train_shows_shapes_and_saves_whole_weights(tmp_path):
 
 @pytest.mark.launch
 def test_baseline_shards_with_fsdp2(tmp_path):
-    run = run_day("day07/baseline_fsdp2.py", "--steps", 5, "--corpus", "moby_dick", "--run_dir", tmp_path)
+    run = run_day("day07/labs/baseline_fsdp2.py", "--steps", 5, "--corpus", "moby_dick", "--run_dir", tmp_path)
     assert "FSDP2 | DTensor (4096, 128)" in run.stdout and run.held_out[5] < run.held_out[0]
 
 
@@ -163,5 +163,5 @@ def test_bad_configs_get_one_sentence(zero, sentence, tmp_path):
 
 @pytest.mark.launch
 def test_a_batch_that_does_not_divide_gets_one_sentence(tmp_path):
-    run = run_ranks("day07/compare.py", "--global_batch", 7, "--run_dir", tmp_path, ranks=2, check=False)
+    run = run_ranks("day07/labs/compare.py", "--global_batch", 7, "--run_dir", tmp_path, ranks=2, check=False)
     assert error_line(run) == "--global_batch 7 does not divide by 2 ranks"

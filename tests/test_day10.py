@@ -16,7 +16,7 @@ A = 4  # micro-batches a step in timeline.py
 def ways(tmp_path_factory):
     """{(way, stage): row} of timeline.py."""
     run_dir = tmp_path_factory.mktemp("timeline")
-    run_day("day10/timeline.py", "--run_dir", run_dir)
+    run_day("day10/labs/timeline.py", "--run_dir", run_dir)
     return {(row["way"], row["stage"]): row for row in json.loads((run_dir / "timeline.json").read_text())["table"]}
 
 
@@ -93,7 +93,7 @@ def test_what_deepspeed_refuses(ways, way, stage, sentence):
 
 
 def compare(run_dir, *flags, launch=run_ranks) -> list[dict]:
-    launch("day10/compare.py", "--run_dir", run_dir, *flags, ranks=2)
+    launch("day10/labs/compare.py", "--run_dir", run_dir, *flags, ranks=2)
     assert (run_dir / "activation_bytes.png").exists() and (run_dir / "tokens_per_s.png").exists()
     return json.loads((run_dir / "compare.json").read_text())["table"]
 
@@ -167,7 +167,7 @@ def test_the_replaced_pytorch_lines_train_the_same(trained, tmp_path):
 @pytest.mark.launch
 def test_scaling_reads_the_same_text_with_every_batch(tmp_path):
     flags = ["--accumulations", 1, 4, "--lrs", 0.0001, 0.004, "--sequences", 64, "--corpus", "moby_dick"]
-    run = run_day("day10/scaling.py", *flags, "--run_dir", tmp_path)
+    run = run_day("day10/labs/scaling.py", *flags, "--run_dir", tmp_path)
     table = json.loads((tmp_path / "scaling.json").read_text())["table"]
     assert [(row["batch_size"], row["steps"]) for row in table] == [(8, 8), (8, 8), (32, 2), (32, 2)]
     slow, fast = table[:2]
@@ -195,5 +195,5 @@ def test_bad_configs_get_one_sentence(change, sentence, tmp_path):
 
 @pytest.mark.launch
 def test_a_batch_that_cannot_be_cut_gets_one_sentence(tmp_path):
-    run = run_ranks("day10/compare.py", "--accumulations", 3, "--run_dir", tmp_path, ranks=2, check=False)
+    run = run_ranks("day10/labs/compare.py", "--accumulations", 3, "--run_dir", tmp_path, ranks=2, check=False)
     assert error_line(run) == "--global_batch 16 cannot be cut into 3 micro-batches x 2 ranks"

@@ -16,7 +16,7 @@ HALF = ["bf16", "fp16", "bf16_states"]  # those with 16-bit weights, at ZeRO-1
 BANDS = {"bf16": 2e-3, "fp16": 5e-4, "autocast_bf16": 2e-3, "autocast_fp16": 5e-4, "bf16_states": 4e-3}
 TRAPS = ["bf16_zero0", "fp16_zero0", "autocast_fp16_zero1"]
 FIXED = "this trap of deepspeed 0.19.8 seems to be fixed in this version: say so in day11/notes.md, in TRAPS of"
-FIXED += " day11/compare.py, in day11/look.py and in config/check.py, and turn this test round"
+FIXED += " day11/labs/compare.py, in day11/labs/look.py and in config/check.py, and turn this test round"
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def compared(tmp_path_factory):
     """{case: row} of compare.py: the precisions, then the traps, in one process group."""
     run_dir = tmp_path_factory.mktemp("compare")
     flags = ["--cases", "fp32", *BANDS, *TRAPS, "--global_batch", 2, "--lr", 1e-3, "--steps", 8, "--run_dir", run_dir]
-    run_ranks("day11/compare.py", *flags, ranks=RANKS)
+    run_ranks("day11/labs/compare.py", *flags, ranks=RANKS)
     for plot in ("loss", "difference", "memory", "speed"):
         assert (run_dir / f"{plot}.png").exists()
     return {row["case"]: row for row in json.loads((run_dir / "compare.json").read_text())["table"]}
@@ -34,7 +34,7 @@ def compared(tmp_path_factory):
 def scenes(tmp_path_factory):
     """{scene: {"steps", "skipped", "updates", "error"}} of overflow.py."""
     run_dir = tmp_path_factory.mktemp("overflow")
-    run = run_ranks("day11/overflow.py", "--run_dir", run_dir, ranks=RANKS)
+    run = run_ranks("day11/labs/overflow.py", "--run_dir", run_dir, ranks=RANKS)
     played = json.loads((run_dir / "overflow.json").read_text())["scenes"]
     assert all(f"\n{scene}: " in run.stdout for scene in played)
     return played
@@ -187,7 +187,7 @@ def test_the_end_and_its_cure(scenes):
 @pytest.mark.launch
 def test_gradients_vanish_without_a_loss_scale(tmp_path):
     flags = ["--scales", 1, 65536, "--micro_batch", 2, "--steps", 80, "--run_dir", tmp_path]
-    run_ranks("day11/underflow.py", *flags, ranks=RANKS)
+    run_ranks("day11/labs/underflow.py", *flags, ranks=RANKS)
     unscaled, scaled = json.loads((tmp_path / "underflow.json").read_text())["table"]
     # Measured after 100 steps: 3.7 % of the logits' gradients vanished; the weights' were 0.5 % off, not 0.09 %.
     assert unscaled["logits_zero"] > 0.01 and scaled["logits_zero"] == 0.0
@@ -197,7 +197,7 @@ def test_gradients_vanish_without_a_loss_scale(tmp_path):
 
 @pytest.mark.launch
 def test_updates_are_lost_without_fp32_masters(tmp_path):
-    run_ranks("day11/missing_bits.py", "--steps", 12, "--rates", 1e-3, 1e-5, "--run_dir", tmp_path, ranks=RANKS)
+    run_ranks("day11/labs/missing_bits.py", "--steps", 12, "--rates", 1e-3, 1e-5, "--run_dir", tmp_path, ranks=RANKS)
     result = json.loads((tmp_path / "missing_bits.json").read_text())
     assert result["steps"][0] == {"weight": 1.0, "below": 1 - 2**-8, "half_step": 2**-9}
     moved = {(row["rate"], row["masters"]): row for row in result["moved"]}
@@ -220,7 +220,7 @@ def test_train_proves_its_precision(tmp_path):
 @pytest.mark.launch
 def test_look_shows_bytes_beside_the_arithmetic():
     configs = ["day11/ds_config_bf16_states.json", "day11/ds_config_autocast_bf16.json"]
-    run = run_ranks("day11/look.py", "--configs", *configs)  # one rank: everything is whole
+    run = run_ranks("day11/labs/look.py", "--configs", *configs)  # one rank: everything is whole
     half, whole = f"{2 * NUM_PARAMS:,}", f"{4 * NUM_PARAMS:,}"
     for kind, size in (("parameters", half), ("gradients", half), ("masters", half), ("moments", whole)):
         assert f"    {kind:10} {f'bf16 {size}':30} | computed {size}" in run.stdout, run.stdout
@@ -259,7 +259,7 @@ def test_bad_configs_get_one_sentence(changes, sentence, tmp_path):
 
 @pytest.mark.launch
 def test_a_batch_that_does_not_divide_gets_one_sentence(tmp_path):
-    run = run_ranks("day11/compare.py", "--global_batch", 3, "--run_dir", tmp_path, ranks=RANKS, check=False)
+    run = run_ranks("day11/labs/compare.py", "--global_batch", 3, "--run_dir", tmp_path, ranks=RANKS, check=False)
     assert error_line(run) == "--global_batch 3 does not divide by 2 ranks"
 
 
@@ -269,7 +269,7 @@ def test_a_batch_that_does_not_divide_gets_one_sentence(tmp_path):
 )
 def test_on_a_gpu_16_bits_are_faster_and_peak_lower(tmp_path):
     flags = ["--model", "gpt2", "--global_batch", 4, "--steps", 12, "--cases", "fp32", "bf16", "fp16", "autocast_bf16"]
-    run_ranks("day11/compare.py", *flags, "--run_dir", tmp_path)
+    run_ranks("day11/labs/compare.py", *flags, "--run_dir", tmp_path)
     fp32, *others = json.loads((tmp_path / "compare.json").read_text())["table"]
     for row in others:
         assert row["tokens_per_s"] > 1.3 * fp32["tokens_per_s"], row["case"]  # day 03 measured 2.4 times
@@ -278,5 +278,5 @@ def test_on_a_gpu_16_bits_are_faster_and_peak_lower(tmp_path):
 
 @pytest.mark.launch
 def test_a_learning_rate_below_zero_gets_one_sentence():
-    run = run_ranks("day11/missing_bits.py", "--rates", 1e-3, -1, check=False)
+    run = run_ranks("day11/labs/missing_bits.py", "--rates", 1e-3, -1, check=False)
     assert error_line(run) == "--rates -1.0: a learning rate is larger than 0"

@@ -76,7 +76,7 @@ def test_log_rows_say_where_the_time_went(smoke):
     rows = [row for row in read_rows(smoke[1]) if "data_share" in row]
     assert [row["step"] for row in rows] == [1, 5, 10, 15, 20]
     assert all(0 < row["data_share"] < 1 for row in rows)
-    run = run_plain("day12/resources.py", smoke[1], "--measure")
+    run = run_plain("day12/labs/resources.py", smoke[1], "--measure")
     assert "934,528 parameters" in run.stdout and "%" in run.stdout and (smoke[1] / "resources.png").exists()
 
 
@@ -204,7 +204,7 @@ def timelines(tmp_path_factory):
     found = {}
     for name, flags in (("plain", []), ("cured", ["--recompute", "--loss_chunks", 8])):
         run_dir = tmp_path_factory.mktemp(name)
-        run_ranks("day12/memory.py", "--corpus", "moby_dick", "--steps", 2, "--run_dir", run_dir, *flags, ranks=2)
+        run_ranks("day12/labs/memory.py", "--corpus", "moby_dick", "--steps", 2, "--run_dir", run_dir, *flags, ranks=2)
         assert (run_dir / "memory.png").exists()
         samples = json.loads((run_dir / "memory.json").read_text())["samples"]
         found[name] = {sample["when"]: sample for sample in samples if sample["step"] == 2}
@@ -238,7 +238,7 @@ def test_cures_show_in_the_timeline(timelines):
 @pytest.mark.launch
 def test_oom_is_provoked_and_cured(tmp_path):
     flags = ["--ranks", 1, "--model", "tiny", "--micro_batch", 32, "--steps", 2, "--cases", "loss_chunks"]
-    run = run_plain("day12/oom.py", *flags, "--run_dir", tmp_path)
+    run = run_plain("day12/labs/oom.py", *flags, "--run_dir", tmp_path)
     result = json.loads((tmp_path / "oom.json").read_text())
     assert "you tried to allocate" in result["complaint"] or "out of memory" in result["complaint"]
     base, chunks = result["table"]
@@ -293,7 +293,7 @@ def test_the_lean_model_is_a_gpt2_whose_biases_are_zero(vocab_size):
     assert gradients[0][vocab_size:].abs().sum() == 0  # ids that pad the vocabulary learn nothing
 
 
-# What day12/speed.py uses of a clone of nanoGPT, around day 12's own model.
+# What day12/labs/speed.py uses of a clone of nanoGPT, around day 12's own model.
 LIKE_NANOGPT = """
 from dataclasses import dataclass
 
@@ -332,12 +332,12 @@ def test_deepspeed_and_plain_pytorch_train_the_same_model(tmp_path):
     (tmp_path / "clone/model.py").write_text(LIKE_NANOGPT)
     cases = ["lean", "no_average", "torch"]
     flags = ["--cases", *cases, "--steps", 6, "--window", 2, "--turns", 2, "--batch_size", 2, "--corpus", "moby_dick"]
-    run_ranks("day12/speed.py", *flags, "--nanogpt", tmp_path / "clone", "--run_dir", tmp_path, ranks=1)
+    run_ranks("day12/labs/speed.py", *flags, "--nanogpt", tmp_path / "clone", "--run_dir", tmp_path, ranks=1)
     result = json.loads((tmp_path / "speed.json").read_text())
     lean, last, plain, nanogpt = (row["losses"] for row in result["table"])
     assert nanogpt == pytest.approx(lean, abs=3e-4) and result["turns"]["ratio_nanogpt"] > 0  # 8e-5
     flags = ["--steps", 6, "--log_every", 1, "--batch_size", 2, "--corpus", "moby_dick"]
-    baseline = run_plain("day12/baseline_torch.py", *flags, "--run_dir", tmp_path)
+    baseline = run_plain("day12/labs/baseline_torch.py", *flags, "--run_dir", tmp_path)
     if not torch.cuda.is_available():  # there the script compiles, and narrows the stream
         assert list(baseline.losses.values()) == pytest.approx(lean, abs=1e-4)  # 2e-5 was measured
     assert plain[-1] < plain[0]

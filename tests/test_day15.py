@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from common.data import endless_batches, load_corpus, load_tokenizer
 from common.errors import UserError, clear_errors
 from common.model import build_model, get_preset
+from day15.labs.volume import num_parameters, volume
 from day15.schedule import GPipeSchedule, as_text, in_flight, play, read_schedule
-from day15.volume import num_parameters, volume
 from tests.launch import error_line, measure_again, run_day, run_plain, run_ranks
 
 SHAPES = [(p, m) for p in (1, 2, 3, 4, 5, 8) for m in (1, 2, 3, 4, 8, 16)]
@@ -157,7 +157,7 @@ def test_stages_that_do_not_divide_the_ranks_get_one_sentence():
 @measure_again
 def test_the_engine_takes_as_long_and_keeps_as_much_as_the_schedule_says(tmp_path):
     flags = ["--micro_batches", 6, "--steps", 1, "--run_dir", tmp_path]
-    run_ranks("day15/bubble.py", *flags, ranks=3)
+    run_ranks("day15/labs/bubble.py", *flags, ranks=3)
     table = json.loads((tmp_path / "bubble.json").read_text())["table"]
     assert [(row["schedule"], row["kept"]) for row in table] == [("1f1b", "3 2 1"), ("gpipe", "6 6 6")]
     for row in table:  # up to 1.15 was measured; stages that take turns would need 2.25 times as long
@@ -191,7 +191,7 @@ SAID = {
 @pytest.mark.launch
 def test_mistakes_get_the_messages_of_the_notes(tmp_path):
     flags = ["--mistakes", *list(SAID)[1:-1], "dictionary_layer", "--run_dir", tmp_path]  # last: it ends the run
-    run_ranks("day15/break_it.py", *flags, ranks=2, check=False)
+    run_ranks("day15/labs/break_it.py", *flags, ranks=2, check=False)
     assert json.loads((tmp_path / "break_it.json").read_text())["said"] == SAID
 
 
@@ -212,11 +212,11 @@ def test_messages_that_a_day_can_meet_come_with_a_cure(mistake, capsys):
     ],
 )
 def test_mistakes_that_leave_the_other_rank_waiting(mistake, said, tmp_path):
-    run = run_ranks("day15/break_it.py", "--mistakes", mistake, "--run_dir", tmp_path, ranks=2, check=False)
+    run = run_ranks("day15/labs/break_it.py", "--mistakes", mistake, "--run_dir", tmp_path, ranks=2, check=False)
     assert said in run.stdout + run.stderr
 
 
 @pytest.mark.launch
 @pytest.mark.parametrize("flags", [["--ranks", 0], ["--micro_batch", -1], ["--ranks", 3]])
 def test_volume_refuses_a_batch_that_cannot_be_cut(flags):
-    assert f"{flags[0]} {flags[1]}" in error_line(run_plain("day15/volume.py", *flags, check=False))
+    assert f"{flags[0]} {flags[1]}" in error_line(run_plain("day15/labs/volume.py", *flags, check=False))

@@ -25,7 +25,7 @@ def cases(run) -> dict[str, dict]:
 def two(tmp_path_factory):
     """{case: row} of verify.py on two stages, all cases, through the launcher."""
     run_dir = tmp_path_factory.mktemp("two")
-    run_day("day16/verify.py", "--run_dir", run_dir)
+    run_day("day16/labs/verify.py", "--run_dir", run_dir)
     return cases((run_dir / "verify.json").read_text())
 
 
@@ -80,7 +80,7 @@ def test_weights_go_in_and_out_to_the_bit_and_know_no_cut(two):
 @pytest.mark.parametrize(("ranks", "stages"), [(3, 3), (4, 2)])
 def test_three_stages_and_two_pipelines_of_two(ranks, stages, tmp_path):
     flags = ["--stages", stages, "--steps", 3, "--run_dir", tmp_path]
-    run_ranks("day16/verify.py", "--cases", *TIED, *flags, ranks=ranks)
+    run_ranks("day16/labs/verify.py", "--cases", *TIED, *flags, ranks=ranks)
     rows = cases((tmp_path / "verify.json").read_text())
     for case in TIED:
         assert_like_the_whole_model(rows[case])
@@ -109,7 +109,7 @@ def test_training_then_convert_gives_the_same_held_out_loss(tmp_path):
 @pytest.mark.launch
 @measure_again
 def test_the_balanced_cut_is_faster(tmp_path):
-    run_ranks("day16/balance.py", "--steps", 4, "--rounds", 2, "--run_dir", tmp_path, ranks=2)
+    run_ranks("day16/labs/balance.py", "--steps", 4, "--rounds", 2, "--run_dir", tmp_path, ranks=2)
     result = json.loads((tmp_path / "balance.json").read_text())
     theirs, ours = result["table"]  # on two stages of tiny, DeepSpeed's three methods come to the same cut
     assert theirs["cut"] == "uniform = parameters = type:GPT2Block" and ours["cut"] == "balanced"
@@ -122,7 +122,7 @@ def test_the_balanced_cut_is_faster(tmp_path):
 @pytest.mark.launch
 @measure_again
 def test_stages_finds_the_cuts_and_times_on_one_process(two, tmp_path):
-    run_plain("day16/stages.py", "--num_layers", 4, "--rounds", 1, "--run_dir", tmp_path)
+    run_plain("day16/labs/stages.py", "--num_layers", 4, "--rounds", 1, "--run_dir", tmp_path)
     result = json.loads((tmp_path / "stages.json").read_text())
     rows = {name: row for row in result["table"] for name in row["cut"].split(" = ")}
     for name in ("uniform", "parameters", "type:GPT2Block"):  # as PipelineModule cuts on two ranks
@@ -141,7 +141,7 @@ def test_stages_finds_the_cuts_and_times_on_one_process(two, tmp_path):
 @measure_again
 def test_waiting_falls_with_the_micro_batches(tmp_path):
     flags = ["--micro_batch", 3, "--micro_batches", 1, 8, "--zero", 3, "--steps", 1, "--run_dir", tmp_path]
-    run_ranks("day16/compare.py", *flags, ranks=2)
+    run_ranks("day16/labs/compare.py", *flags, ranks=2)
     rows = {
         (row["way"], row["micro_batches"]): row for row in json.loads((tmp_path / "compare.json").read_text())["table"]
     }
@@ -155,7 +155,7 @@ def test_waiting_falls_with_the_micro_batches(tmp_path):
 
 @pytest.mark.launch
 def test_the_last_micro_batch_must_be_as_large_as_the_others():
-    run = run_ranks("day16/last_batch.py", "--ways", "drop", "repeat", "dynamic", "keep", ranks=2, check=False)
+    run = run_ranks("day16/labs/last_batch.py", "--ways", "drop", "repeat", "dynamic", "keep", ranks=2, check=False)
     seen = {way: blocks.split() for way, blocks in re.findall(r"^(\w+) +\| blocks ([\d ]+) \|", run.stdout, re.M)}
     assert all(len(blocks) == 2 for way in ("drop", "repeat") for blocks in seen[way])
     assert seen["repeat"] == seen["repeat"][:3] * 4 and seen["drop"][:3] != seen["drop"][3:6]  # nobody reshuffles
@@ -230,4 +230,4 @@ def test_mistakes_get_one_sentence(script, flags, sentence):
     [(["--stages", 9], "6 layers do not fill 9 stages"), (["--rounds", 0], "--rounds 0: at least 1")],
 )
 def test_mistakes_with_stages_get_one_sentence(flags, sentence):
-    assert error_line(run_plain("day16/stages.py", *flags, check=False)) == sentence
+    assert error_line(run_plain("day16/labs/stages.py", *flags, check=False)) == sentence

@@ -286,7 +286,7 @@ def test_a_full_disk_ends_training_with_a_sentence_and_leaves_the_last_checkpoin
 @pytest.mark.launch
 def test_compare_measures_what_works_and_says_what_does_not(tmp_path):
     cases = ["zero2", "background", "zero3", "frozen_left_out", "writer_no_parallel", "datastates"]
-    run_ranks("day17/compare.py", "--model", "tiny", "--cases", *cases, "--run_dir", tmp_path, ranks=2)
+    run_ranks("day17/labs/compare.py", "--model", "tiny", "--cases", *cases, "--run_dir", tmp_path, ranks=2)
     rows = {row["way"]: row for row in json.loads((tmp_path / "compare.json").read_text())["table"]}
     num_params = 937_472
     assert rows["zero2"]["bytes"] == pytest.approx(16 * num_params, rel=0.01)  # weights twice, two moments

@@ -119,7 +119,7 @@ def test_export_loads_in_transformers(uninterrupted, tmp_path):
 
 @pytest.mark.launch
 def test_no_checkpoint_runs_code(uninterrupted, tmp_path, monkeypatch):
-    from day18.train import load_safely
+    from day18.loading import load_safely
 
     class Evil:
         def __reduce__(self):
@@ -286,7 +286,7 @@ def test_ten_kills_at_random_moments_change_nothing(stage, tmp_path):
 def test_universal_matrix(tmp_path):
     """Ranks 1, 2, 4 and stages 1, 2, 3, from each to each: 81 loads, in five process groups."""
     for ranks, more in ((1, []), (2, []), (4, []), (2, ["--only_load"]), (1, ["--only_load"])):
-        run_ranks("day18/resize.py", "--run_dir", tmp_path, *more, ranks=ranks, timeout=600)
+        run_ranks("day18/labs/resize.py", "--run_dir", tmp_path, *more, ranks=ranks, timeout=600)
     for ranks in (1, 2, 4):
         table = json.loads((tmp_path / f"resize_{ranks}.json").read_text())["table"]
         assert len(table) == 9

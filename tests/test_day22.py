@@ -157,7 +157,7 @@ def test_an_epoch_has_every_sample_once_and_ranks_get_like_lengths(items, monkey
 
 @pytest.mark.launch
 def test_look_shows_labels_and_what_padding_costs():
-    run = run_plain("day22/look.py", "--pretrained", "tiny-llama")
+    run = run_plain("day22/labs/look.py", "--pretrained", "tiny-llama")
     assert re.search(r"^ +\d+ 'U' +-$", run.stdout, re.M) and re.search(r"'<\|endoftext\|>' +\d+$", run.stdout, re.M)
     shuffled, grouped = (float(share) for share in re.findall(r"([\d.]+)% padding", run.stdout))
     assert grouped < 5 and shuffled > 25
@@ -204,7 +204,7 @@ def test_smollm2_knows_the_capital_of_france():
 
 
 def test_fits_asks_the_planner(tmp_path):
-    run_plain("day22/fits.py", "--run_dir", tmp_path)
+    run_plain("day22/labs/fits.py", "--run_dir", tmp_path)
     table = json.loads((tmp_path / "fits.json").read_text())["table"]
     large = next(row for row in table if row["model"] == "Llama 3.1 8B" and row["gpus"] == 1)
     assert large["states_gib"] == pytest.approx(16 * 8.03e9 / 2**30)
@@ -317,7 +317,7 @@ def test_parts_need_less_host_memory_than_copies(tmp_path):
     model = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=512, **shape))  # 200 MB in fp32
     model.save_pretrained(tmp_path / "model")
     pretrained.load_tokenizer("tiny-llama").save_pretrained(tmp_path / "model")
-    run_day("day22/host_memory.py", "--pretrained", tmp_path / "model", "--run_dir", tmp_path)
+    run_day("day22/labs/host_memory.py", "--pretrained", tmp_path / "model", "--run_dir", tmp_path)
     table = {row["way"]: row for row in json.loads((tmp_path / "host_memory.json").read_text())["table"]}
     mapped, parts, whole = (
         table[way] for way in ("float32, whole on each rank", "bfloat16, in parts", "bfloat16, whole on each rank")

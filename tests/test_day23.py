@@ -52,7 +52,7 @@ def plain(tmp_path_factory):
         run_dir = tmp_path_factory.mktemp(f"{model}_plain")
         flags = ["--deepspeed_config", write_config(run_dir, 0), "--pretrained", model, "--run_dir", run_dir]
         launch = run_ranks if model == "tiny-llama" else in_this_process
-        found[model] = launch("day23/baseline_torch.py", *FLAGS, *flags), run_dir / "adapter"
+        found[model] = launch("day23/labs/baseline_torch.py", *FLAGS, *flags), run_dir / "adapter"
     return found
 
 
@@ -163,7 +163,7 @@ def test_adapters_are_switched_by_name(runs, tmp_path):
 
 @pytest.mark.launch
 def test_what_deepspeed_makes_of_a_frozen_base(tmp_path):
-    run = run_ranks("day23/frozen.py", "--run_dir", tmp_path, ranks=2)
+    run = run_ranks("day23/labs/frozen.py", "--run_dir", tmp_path, ranks=2)
     result = json.loads((tmp_path / "frozen.json").read_text())
     rows = {(row["stage"], row["threshold"]): row for row in result["table"]}
     for row in rows.values():
@@ -184,7 +184,7 @@ def test_what_deepspeed_makes_of_a_frozen_base(tmp_path):
 def test_compare_follows_the_arithmetic(tmp_path):
     flags = ["--full_lrs", 1e-3, "--lora_lrs", 1e-2, "--lora_ranks", 2, "--steps", 6, "--eval_every", 3]
     more = ["--pretrained", "tiny-llama", "--fp32", "--other_corpus", "chat", "--run_dir", tmp_path]
-    run = run_day("day23/compare.py", *flags, *more)
+    run = run_day("day23/labs/compare.py", *flags, *more)
     table = json.loads((tmp_path / "compare.json").read_text())["table"]
     assert [row["case"] for row in table] == ["full lr=0.001", "lora r=8 lr=0.01", "lora r=2 lr=0.01"]
     assert [row["trained"] for row in table] == [360_768, 19_456, 4_864]
@@ -209,16 +209,16 @@ def test_speed_takes_turns_on_the_same_batches(precision, tmp_path):
     config = json.loads((ROOT / "day23/ds_config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"gradient_clipping": 0.01}))  # it clips in every step
     flags = ["--deepspeed_config", tmp_path / "config.json", "--pretrained", "tiny-llama", "--turns", 3]
-    run_ranks("day23/speed.py", *flags, *precision, "--run_dir", tmp_path)
+    run_ranks("day23/labs/speed.py", *flags, *precision, "--run_dir", tmp_path)
     result = json.loads((tmp_path / "speed.json").read_text())
     assert result["losses_apart"] <= 1e-5 and len(result["losses"]["torch"]) == 12  # 1e-6 and 0 were measured
     assert 0.2 < result["ratio"] < 5
 
 
 def test_lean_goes_without_zero(monkeypatch):
-    from day23.speed import main
+    from day23.labs.speed import main
 
-    monkeypatch.setattr("sys.argv", ["day23/speed.py", "--lean"])
+    monkeypatch.setattr("sys.argv", ["day23/labs/speed.py", "--lean"])
     with pytest.raises(UserError, match="--lean --stage 1: .*; --lean goes with --stage 0"):
         main()
 
@@ -241,7 +241,7 @@ def test_targets_that_match_nothing_get_one_sentence(tmp_path):
 )
 def test_impossible_values_get_one_sentence(values, sentence):
     from day22.pretrained import load_model
-    from day23.train import add_lora
+    from day23.lora import add_lora
 
     with pytest.raises(UserError, match=sentence):
         add_lora(load_model("tiny-llama"), **{"rank": 8, "alpha": 16, **values})

@@ -28,7 +28,7 @@ from common.errors import UserError
 from common.model import build_model
 from config.plan import gpt2_model
 from day17.checkpoints import problem_with, read_manifest
-from day25.budget import budget
+from day25.labs.budget import budget
 from tests.launch import error_line, run_day, run_plain, run_ranks
 
 WORDS = ["whale", "ship", "sea", "captain", "harpoon", "sail", "wind", "night", "deck", "water", "crew", "storm"]
@@ -581,7 +581,7 @@ def test_evaluate_takes_a_folder_of_checkpoints(trained, tmp_path, monkeypatch):
 
 @pytest.mark.launch
 def test_the_budget_is_the_arithmetic_of_the_config(tmp_path):
-    run = run_plain("day25/budget.py", "--config", "capstone/configs/gpt2.yaml", "--gpus", 8, "--price", 2,
+    run = run_plain("day25/labs/budget.py", "--config", "capstone/configs/gpt2.yaml", "--gpus", 8, "--price", 2,
                     "--run_dir", tmp_path)  # fmt: skip
     rows = json.loads((tmp_path / "budget.json").read_text())["by_name"]
     psi = gpt2_model("gpt2").num_params
@@ -605,6 +605,6 @@ def test_the_budget_is_the_arithmetic_of_the_config(tmp_path):
 
 @pytest.mark.launch
 def test_stream_measures_every_length(tmp_path):
-    run_plain("day25/stream.py", "--copies", 1, "--shipped", "moby_dick", "--run_dir", tmp_path)
+    run_plain("day25/labs/stream.py", "--copies", 1, "--shipped", "moby_dick", "--run_dir", tmp_path)
     (row,) = json.loads((tmp_path / "stream.json").read_text())["table"]
     assert row["text_bytes"] > 1.1e6 and row["tokens"] > 3e5 and 1e8 < row["peak_bytes"] < 2e9

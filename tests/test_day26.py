@@ -28,7 +28,7 @@ from capstone.train import changed, facts_of
 from common.errors import UserError
 from common.run_log import read_rows
 from day17 import checkpoints as ckpt
-from day26 import kill_test
+from day26.labs import kill_test
 from tests.launch import error_line, run_day, run_plain, run_ranks
 from tests.test_day17 import start_ranks
 
@@ -368,7 +368,7 @@ def test_killed_ten_times_in_all_stages_runs_end_the_same(peace, tmp_path, warm_
 @pytest.mark.long
 @pytest.mark.launch
 def test_the_program_that_kills_says_so(tmp_path):
-    run = run_plain("day26/kill_test.py", "--kills", 1, "--run_dir", tmp_path)
+    run = run_plain("day26/labs/kill_test.py", "--kills", 1, "--run_dir", tmp_path)
     assert "kill  1 | run 1 | start    |" in run.stdout
     assert (
         "1 runs, 1 kills, run to the end: weights the same | data the same | loss curve the same | evaluation the same"
@@ -412,7 +412,7 @@ def test_the_lean_model_trains_and_becomes_a_transformers_folder(peace, tmp_path
 @pytest.mark.long
 @pytest.mark.launch
 def test_the_program_that_compares_speeds_trains_the_same_thing_twice(tmp_path):
-    run = run_plain("day26/speed.py", "--turns", 1, "--steps", 12, "--log_every", 4, "--run_dir", tmp_path)
+    run = run_plain("day26/labs/speed.py", "--turns", 1, "--steps", 12, "--log_every", 4, "--run_dir", tmp_path)
     assert "capstone / day 12 = " in run.stdout
     found = json.loads((tmp_path / "speed.json").read_text())
     assert [len(row["turns"][0]) for row in found["table"]] == [2, 2]  # steps 8 and 12; 1 and 4 are warm-up

@@ -165,7 +165,7 @@ FAULTS += [["overflow@10-24", "diverge@26-40", "nan@42"]]
 def test_each_fault_sets_off_its_alert_in_time_and_no_other(tmp_path, faults):
     assert {fault.partition("@")[0] for part in FAULTS for fault in part} == set(EXPECTED)
     folder = tmp_path / f"go{len(list(tmp_path.iterdir()))}"  # a busy machine is a true ThroughputDrop: go again
-    run = run_command(sys.executable, "day27/watch.py", "--run_dir", folder, "--fault", *faults, check=False)
+    run = run_command(sys.executable, "day27/labs/watch.py", "--run_dir", folder, "--fault", *faults, check=False)
     found = json.loads((folder / "watch.json").read_text())
     assert run.code == 0, run.stdout + run.stderr
     assert [row["verdict"] for row in found["table"]] == ["in time"] * len(faults) and not found["false_alarms"]
@@ -176,7 +176,7 @@ def test_each_fault_sets_off_its_alert_in_time_and_no_other(tmp_path, faults):
 @measure_again
 def test_a_healthy_run_sets_off_no_alert(tmp_path):
     folder = tmp_path / f"go{len(list(tmp_path.iterdir()))}"  # a busy machine is a true ThroughputDrop: go again
-    run = run_command(sys.executable, "day27/watch.py", "--run_dir", folder, "--seconds", 90, check=False)
+    run = run_command(sys.executable, "day27/labs/watch.py", "--run_dir", folder, "--seconds", 90, check=False)
     found = json.loads((folder / "watch.json").read_text())
     assert run.code == 0 and not found["false_alarms"], run.stdout + run.stderr
     assert found["train_exit_code"] == 0, "it ended well, asked by SIGTERM"

@@ -29,7 +29,7 @@ from common.data import load_tokenizer
 from common.errors import UserError
 from common.model import build_model
 from day17.checkpoints import problem_with, read_manifest
-from day26.kill_test import kill, safe_cmdline, tree
+from day26.labs.kill_test import kill, safe_cmdline, tree
 from tests.launch import DEEPSPEED, PATH, free_port, run_day, run_ranks
 
 NEEDS = "day 28's packages are not here: pip install -r day28/requirements.txt"
@@ -42,12 +42,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, StreamingRespon
 from starlette.routing import Route
 
 import capstone.serve.__main__ as serving
-import day28.load as loading
+import day28.labs.load as loading
 from capstone.serve.client import chat, is_ready, running_server
 from capstone.serve.gateway import Gateway, Limits
-from day28 import cost
-from day28.cost import hours_per_million, machines_for
-from day28.screenshot import By, WebDriverWait, give_key, open_browser, say
+from day28.labs import cost
+from day28.labs.cost import hours_per_million, machines_for
+from day28.labs.screenshot import By, WebDriverWait, give_key, open_browser, say
 
 KEY, DEPLOY = "a-key-for-tests-0123456789", ROOT / "capstone/deploy"
 
@@ -817,7 +817,7 @@ def test_costs_follow_the_arithmetic(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--max_p99_s 0.1: the best that was measured is 0.50 s"):
         machines_for(25, rows, 0.1)
     for name, flags, sentence in (
-        ("train_2cpu", [], "train_2cpu.json was not written by day28/load.py"),
+        ("train_2cpu", [], "train_2cpu.json was not written by day28/labs/load.py"),
         ("load_2cpu", ["--price", "-1"], "--price -1: want more than 0"),
         ("load_2cpu", ["--peak_requests_per_s", "0"], "--peak_requests_per_s 0: want more than 0"),
     ):

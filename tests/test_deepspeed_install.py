@@ -2,7 +2,7 @@
 
     pytest tests/test_deepspeed_install.py -v
 
-Run it first on a new machine. `python day01/check_env.py` shows the same facts, and what to do about each.
+Run it first on a new machine. `python day01/labs/check_env.py` shows the same facts, and what to do about each.
 """
 
 import sys

@@ -1,0 +1,112 @@
+"""Start a world of ranks from a program, join the one that a launcher started, and end what is left of it.
+
+    device = join_world()                                              # in a script that `deepspeed` started
+    done = launch(2, "day03/train.py", "--steps", 20)                  # from a script that starts others
+    processes = start_ranks(2, "day12/labs/trial.py", "--stage", 1)    # the same without the launcher's seconds
+
+Checked with deepspeed 0.19.8. Source: deepspeed/launcher/runner.py and launch.py.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+
+import deepspeed
+import psutil
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from common.cpu import start_without_compiler
+from common.errors import UserError
+from common.ranks import require_launcher
+
+
+def join_world() -> torch.device:
+    """Join the process group of the ranks that the launcher started; return this rank's device. Collective.
+
+    Raises UserError when no launcher started this process.
+    """
+    require_launcher()
+    start_without_compiler()
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU
+    deepspeed.init_distributed()
+    return torch.device(get_accelerator().current_device_name())
+
+
+def default_ranks() -> int:
+    """The accelerators of this machine, or 2 CPU ranks."""
+    return get_accelerator().device_count() if get_accelerator().device_name() != "cpu" else 2
+
+
+def free_port() -> int:
+    """A port that nobody listens on now, so that two worlds on one machine do not collide."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch_command(ranks: int, *words: object, port: int | None = None) -> list[str]:
+    """The command that starts a script (or `--module NAME`) with its flags on `ranks` ranks, by DeepSpeed's launcher.
+
+    It is the launcher of this Python's own environment: `deepspeed` need not be on the PATH.
+    """
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", ranks]
+    return [str(word) for word in (*launcher, "--master_port", port or free_port(), *words)]
+
+
+def launch(ranks: int, *words: object, port: int | None = None) -> subprocess.CompletedProcess:
+    """Run `launch_command(...)` to its end, its output kept as text. Raises UserError with its last complaint."""
+    done = subprocess.run(launch_command(ranks, *words, port=port), capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "Error" in line or line.startswith("error: ")]
+        raise UserError(lines[-1] if lines else f"exit code {done.returncode}: {done.stderr[-500:]}")
+    return done
+
+
+def start_ranks(ranks: int, *words: object, port: int | None = None) -> list[subprocess.Popen]:
+    """Start a script on `ranks` ranks with the environment that the launcher would give them; return them running."""
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()), "WORLD_SIZE": str(ranks)}
+    command = [sys.executable, *map(str, words)]
+    return [
+        subprocess.Popen(
+            command, env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+
+
+def wait_for_ranks(processes: list[subprocess.Popen]) -> list[tuple[str, str]]:
+    """Wait for the ranks to end, and return (stdout, stderr) of each. One that fails ends the others after 3 s.
+
+    For output that fits into a pipe, 64 KiB: more would keep a rank waiting for a reader.
+    """
+    while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+        time.sleep(0.05)
+    for process in processes:  # the others wait for the failed one in vain
+        try:
+            process.wait(3)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return [process.communicate() for process in processes]
+
+
+def process_tree(pid: int) -> list[psutil.Process]:
+    """The process and all below it: launcher, ranks, what they started. Empty when it is gone."""
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_all(processes: Iterable[psutil.Process]) -> None:
+    """SIGKILL to all of them at once; who is gone already is gone."""
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue

@@ -1,0 +1,33 @@
+"""Day 12: the fastest single-GPU training step in plain PyTorch that we can write, for the labs to measure beside ours.
+
+    from day12.torch_loop import build_torch     # returns train_step(batch) -> loss
+
+Checked with torch 2.13.0. Source: https://docs.pytorch.org/tutorials/recipes/recipes/tuning_guide.html
+"""
+
+import torch
+
+ADAMW = {"lr": 6e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}  # as in ds_config_gpt2.json
+
+
+def build_torch(model: torch.nn.Module, compiled: bool):
+    """Return train_step(batch) -> loss: bf16 autocast over fp32 weights, clipping, fused AdamW."""
+    device_type = next(model.parameters()).device.type
+    groups = [  # weight decay on matrices alone
+        {"params": [p for p in model.parameters() if p.dim() > 1]},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, **ADAMW, fused=True)
+    if compiled:
+        model.compile()
+
+    def train_step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.autocast(device_type, torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return train_step

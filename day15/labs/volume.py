@@ -1,0 +1,78 @@
+"""Day 15: volume - bytes that a GPU sends in one optimizer step: pipeline against data parallel and ZeRO.
+
+From the repository root; computed, no ranks needed:
+
+    python day15/labs/volume.py
+    python day15/labs/volume.py --model gpt-13b --ranks 8 --global_batch 64
+
+Expect a row for each way. The pipeline's is checked in a test against what the engine sent (bubble.py), those of ZeRO
+in day 10 (timeline.py). Source: day10/notes.md; arXiv:2104.04473, section 3.2.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parents[1]  # the day's folder
+sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
+
+from common.errors import UserError, clear_errors
+from common.model import Preset, get_preset
+from common.results import this_command, write_results
+from common.run_log import default_run_dir
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="gpt2-xl", help="preset of common/model.py")
+    parser.add_argument("--ranks", type=int, default=4, help="GPUs: stages of the one pipeline, or data parallel ranks")
+    parser.add_argument("--global_batch", type=int, default=32, help="sequences of one optimizer step")
+    parser.add_argument("--micro_batch", type=int, default=1, help="sequences of a micro-batch")
+    parser.add_argument("--element_bytes", type=int, default=2, help="of activations, gradients, weights: 2 for bf16")
+    parser.add_argument("--vocab_size", type=int, default=50257, help="token ids of the tokenizer")
+    parser.add_argument("--run_dir", default=default_run_dir("day15"), help="folder for metrics.jsonl and plots")
+    return parser.parse_args()
+
+
+def num_parameters(preset: Preset, vocab_size: int) -> int:
+    """psi of a GPT-2: 12 H^2 + 13 H a block, embeddings, the last norm."""
+    hidden = preset.hidden
+    blocks = preset.num_layers * (12 * hidden**2 + 13 * hidden)
+    return blocks + (vocab_size + preset.block_size) * hidden + 2 * hidden
+
+
+def volume(preset: Preset, psi: int, ranks: int, global_batch: int, micro_batch: int) -> dict[str, float]:
+    """{way: elements that a rank sends in a step}. A stage in the middle: activations on, their gradients back."""
+    accumulation = global_batch / micro_batch / ranks  # micro-batches of a data parallel rank
+    ring = psi * (ranks - 1) / ranks
+    return {
+        f"pipeline, {ranks} stages": 2 * global_batch * preset.block_size * preset.hidden,
+        "ZeRO-0": 2 * ring,
+        "ZeRO-1": 3 * ring,
+        "ZeRO-2": (2 * accumulation + 1) * ring,
+        "ZeRO-3": 2 * accumulation * ring,
+    }
+
+
+def main() -> None:
+    args = parse_args()
+    preset = get_preset(args.model)
+    sizes = f"--global_batch {args.global_batch} --micro_batch {args.micro_batch} --ranks {args.ranks}"
+    if min(args.global_batch, args.micro_batch, args.ranks) < 1:
+        raise UserError(f"{sizes}: each starts at 1")
+    if args.global_batch % (args.micro_batch * args.ranks):
+        raise UserError(f"{sizes}: the global batch is not a multiple of micro-batch x ranks")
+    psi = num_parameters(preset, args.vocab_size)
+    m = args.global_batch // args.micro_batch
+    head = f"{args.model}: {psi:,} parameters | {args.ranks} ranks | batch {args.global_batch}"
+    print(f"{head} = {m} micro-batches in the pipeline, {m // args.ranks} x {args.ranks} ranks in data parallel")
+    table = []
+    for way, elements in volume(preset, psi, args.ranks, args.global_batch, args.micro_batch).items():
+        table.append({"way": way, "sent_bytes": round(elements * args.element_bytes)})
+        print(f"{way:19} | {elements * args.element_bytes / 1e9:8.2f} GB a rank and step")
+    write_results(Path(args.run_dir) / "volume.json", this_command(), parameters=psi, table=table)
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()
