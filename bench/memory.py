@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from common.memory import live_tensors
+from bench.held import live_tensors
 
 NO_ROOM = re.compile(r"can't allocate memory|out of memory|Cannot allocate memory|bad_alloc")
 

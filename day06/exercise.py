@@ -22,9 +22,9 @@ from deepspeed.accelerator import get_accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ is one level up
 
+from bench.held import live_tensors
 from common.cpu import start_without_compiler
 from common.errors import UserError, clear_errors
-from common.memory import live_tensors
 from common.ranks import print0, require_launcher
 
 SIZES = [330, 11, 407, 37, 90, 250, 64, 333, 9, 210, 118, 2]  # elements of the parameters, in the model's order

@@ -9,7 +9,7 @@ import time
 
 import deepspeed
 
-from common.memory import bucket_tensors, bytes_by_kind, live_tensors
+from bench.held import bucket_tensors, bytes_by_kind, live_tensors
 
 
 def gradients_held(engine: deepspeed.DeepSpeedEngine, at_boundary: set[int]) -> dict[str, int]:

@@ -21,10 +21,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 # Copying this script? Replace these imports with your own data, model and logger.
+from bench.held import live_tensors
 from common.cpu import start_without_compiler
 from common.data import endless_batches, held_out_loss, load_corpus, load_tokenizer, to_device
 from common.errors import UserError, clear_errors
-from common.memory import live_tensors
 from common.model import build_model, get_preset
 from common.ranks import print0, require_launcher
 from common.run_log import RunLog, default_run_dir

@@ -12,7 +12,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import torch_autocast
 
-from common.memory import bytes_by_kind, live_tensors
+from bench.held import bytes_by_kind, live_tensors
 from common.ranks import over_ranks
 from config.plan import model_state_bytes, owned_gradient_elements
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import common.data
+from bench.held import bucket_tensors, live_tensor_bytes
 from common import cpu
 from common.data import TokenBlocks, endless_batches, held_out_loss, load_corpus, load_tokenizer
 from common.errors import UserError, clear_errors
-from common.memory import bucket_tensors, live_tensor_bytes
 from common.model import PRESETS, build_model
 from common.plots import plot_bars, plot_loss
 from common.results import this_command, write_results

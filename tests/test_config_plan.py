@@ -261,8 +261,8 @@ def measure(out: str) -> None:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    from bench.held import live_tensors
     from common.cpu import start_without_compiler
-    from common.memory import live_tensors
 
     cpu = torch.device("cpu")
     start_without_compiler()

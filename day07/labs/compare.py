@@ -30,10 +30,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.held import bucket_tensors, bytes_by_kind, live_tensors
 from common.cpu import start_without_compiler
 from common.data import endless_batches, load_corpus, load_tokenizer, to_device
 from common.errors import UserError, clear_errors
-from common.memory import bucket_tensors, bytes_by_kind, live_tensors
 from common.model import build_model, get_preset
 from common.plots import plot_bars
 from common.ranks import over_ranks, print0, require_launcher

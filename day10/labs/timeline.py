@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.held import live_tensor_bytes
 from common.cpu import start_without_compiler
 from common.data import endless_batches, load_corpus, load_tokenizer, to_device
 from common.errors import clear_errors
-from common.memory import live_tensor_bytes
 from common.model import build_model, get_preset
 from common.ranks import print0, require_launcher
 from common.results import this_command, write_results

@@ -27,10 +27,10 @@ from deepspeed.accelerator import get_accelerator
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.held import live_tensors
 from common.cpu import start_without_compiler
 from common.data import load_tokenizer
 from common.errors import UserError, clear_errors
-from common.memory import live_tensors
 from common.model import get_preset
 from common.plots import plt, save_plot
 from common.ranks import over_ranks, print0, require_launcher

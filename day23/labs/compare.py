@@ -28,10 +28,10 @@ from transformers.integrations import HfDeepSpeedConfig
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.held import live_tensor_bytes
 from common.cpu import start_without_compiler
 from common.data import to_device
 from common.errors import clear_errors
-from common.memory import live_tensor_bytes
 from common.plots import plot_bars, plot_loss
 from common.ranks import over_ranks, print0, require_launcher
 from common.results import this_command, write_results
