@@ -20,6 +20,8 @@ import torch
 from common.run_log import parse_lines
 
 ROOT = Path(__file__).resolve().parents[1]
+# About 100 kB of Moby Dick: for tests whose claim is not the loss. Tokenizing and evaluating all of it takes seconds.
+SMALL_CORPUS = ROOT / "tests/data/small.txt"
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # this environment's programs first
 DEEPSPEED = shutil.which("deepspeed", path=PATH)
 
@@ -102,23 +104,45 @@ def run_plain(script: str, *flags: object, **options) -> Run:
     return run_command(sys.executable, script, *flags, **options)
 
 
-def run_ranks(script: str, *flags: object, ranks: int = 1, timeout: int = 300, check: bool = True) -> Run:
-    """Run `script` on `ranks` processes with the environment that the launcher would give them.
+def run_ranks(script: str, *flags: object, ranks: int = 1, timeout: int = 300, check: bool = True, **env: str) -> Run:
+    """Run `script` on `ranks` processes with the flags and the environment that the launcher would give them.
 
-    The processes are forked from one that has imported the libraries already: several seconds faster than `run_day`,
-    which each script goes through at least once. With CUDA, which does not survive a fork, it is `run_day`.
+    The processes are forked from one that has imported the libraries already (tests/preload.py): ten seconds faster
+    than `run_day`, which each train.py goes through once. With CUDA, which does not survive a fork, it is `run_day`.
     """
     if torch.cuda.is_available():
-        return run_day(script, *flags, ranks=ranks, timeout=timeout, check=check)
+        return run_day(script, *flags, ranks=ranks, timeout=timeout, check=check, **env)
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    given = (
+        [f"--local_rank={rank}" for rank in range(ranks)] if '"--local_rank"' in (ROOT / script).read_text() else None
+    )
+    return _fork(
+        [[script, *(given[rank : rank + 1] if given else []), *flags] for rank in range(ranks)],
+        [env | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)],
+        timeout,
+        check,
+    )
+
+
+def run_warm(script: str, *flags: object, timeout: int = 300, check: bool = True, **env: str) -> Run:
+    """Run `script` as plain python would, one process without a launcher, forked like those of `run_ranks`.
+
+    `run_plain` is a fresh Python, for what a fork cannot show: what is imported, warnings, the way out.
+    """
+    if torch.cuda.is_available():
+        return run_plain(script, *flags, timeout=timeout, check=check, **env)
+    return _fork([[script, *flags]], [env], timeout, check)
+
+
+def _fork(commands: list[list[object]], envs: list[dict[str, str]], timeout: int, check: bool) -> Run:
+    """Fork a process for each command from the fork server; when one fails, or time is up, end them all."""
     warm = multiprocessing.get_context("forkserver")
-    warm.set_forkserver_preload(["deepspeed", "transformers", "datasets", "matplotlib.pyplot"])
-    env = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    warm.set_forkserver_preload(["tests.preload"])
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
-        arguments = [str(script), *map(str, flags)]
         processes = [
-            warm.Process(target=_rank, args=(arguments, env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout, stderr))
-            for r in range(ranks)
+            warm.Process(target=_become, args=([str(word) for word in command], env, stdout, stderr))
+            for command, env in zip(commands, envs, strict=True)
         ]
         for process in processes:
             process.start()
@@ -132,13 +156,13 @@ def run_ranks(script: str, *flags: object, ranks: int = 1, timeout: int = 300, c
             process.join()
         codes = [process.exitcode for process in processes]
         run = Run(next((code for code in codes if code), 0), stdout.read_text(), stderr.read_text())
-    assert not late, f"{arguments} ran longer than {timeout} s\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
+    assert not late, f"{commands[0]} ran longer than {timeout} s\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
     if check:
         assert run.code == 0, f"exit codes {codes}\n{run.stdout[-2000:]}\n{run.stderr[-3000:]}"
     return run
 
 
-def _rank(arguments: list[str], env: dict[str, str], stdout: Path, stderr: Path) -> None:
+def _become(arguments: list[str], env: dict[str, str], stdout: Path, stderr: Path) -> None:
     """What each forked process does: become the script."""
     for stream, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)

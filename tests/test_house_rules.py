@@ -126,7 +126,7 @@ def test_common_is_free_of_deepspeed():
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed: sudo apt-get install make")
 @pytest.mark.parametrize("day", sorted({by_name(script)[:5] for script in SCRIPTS}))
 def test_make_runs_every_day(day):
-    dry = subprocess.run(["make", "--dry-run", day], cwd=ROOT, capture_output=True, text=True)
+    dry = subprocess.run(["make", "VENV=.venv", "--dry-run", day], cwd=ROOT, capture_output=True, text=True)
     found = re.findall(rf"\.venv/bin/(\S+) .*?({day}/[\w/]+\.py)", dry.stdout)
     assert dry.returncode == 0 and found, dry.stdout + dry.stderr
     for program, script in found:  # what starts ranks itself has no --local_rank, which the launcher would add
