@@ -6,39 +6,15 @@
 import gc
 from importlib import import_module
 
-for module in [
-    "datasets",
-    "deepspeed",
-    "deepspeed.checkpoint.ds_to_universal",
-    "deepspeed.pipe",
-    "deepspeed.runtime.zero.stage3",
-    "matplotlib.pyplot",
-    "peft",
-    "torch._dynamo",
-    "torch._inductor",
-    "torch.distributed.fsdp",
-    "torch.profiler",
-    "transformers.integrations",
-    "transformers.models.gpt2.modeling_gpt2",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.qwen2.modeling_qwen2",
-    "transformers.trainer",
-    "transformers.generation.utils",
-    "bench.held",
-    "bench.memory",
-    "bench.table",
-    "bench.timing",
-    "bench.trace",
-    "bench.traffic",
-    "bench.world",
-    "common.data",
-    "common.model",
-    "common.plots",
-    "common.run_log",
-    "config.check",
-    "config.plan",
-    "config.read",
-]:
+MODULES = """
+datasets deepspeed deepspeed.checkpoint.ds_to_universal deepspeed.pipe deepspeed.runtime.zero.stage3
+matplotlib.pyplot peft torch._dynamo torch._inductor torch.distributed.fsdp torch.profiler
+transformers.integrations transformers.models.gpt2.modeling_gpt2 transformers.models.llama.modeling_llama
+transformers.models.qwen2.modeling_qwen2 transformers.trainer transformers.generation.utils bench.held
+bench.memory bench.table bench.timing bench.trace bench.traffic bench.world common.data common.model
+common.plots common.run_log config.check config.plan config.read
+"""
+for module in MODULES.split():
     import_module(module)
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401 - and what these names load
