@@ -1,23 +1,50 @@
 # make train · make day05 · make test · make test-fast · make test-long · make results - each sets itself up.
 SHELL  := /bin/bash
 PYTHON ?= python3
+# An environment of your own is used as it is: `make train VENV=/path/to/env`.
 VENV   := .venv
 BIN    := $(VENV)/bin
+# Which PyTorch, in pip's words: `make train TORCH="torch==2.13.0 --index-url ADDRESS"`, a wheel, or --index-url alone.
+export TORCH
+ifeq ($(VENV),.venv)
 # Written when the install has ended, named after what was installed: an interrupted or outdated one is redone.
 STAMP  := $(VENV)/installed-$(shell cat requirements.txt | cksum | cut -d' ' -f1)
 # The pretrained model of days 22 and 23, 93 MB: installed when they, or the tests, first need it.
 MODEL  := $(VENV)/installed-model-$(shell cat requirements.txt day22/requirements.txt | cksum | cut -d' ' -f1)
 # The model server of day 28 and what checks its deployment files.
 SERVE  := $(VENV)/installed-serve-$(shell cat requirements.txt day28/requirements.txt capstone/serve/requirements.txt | cksum | cut -d' ' -f1)
-# All GPUs of this machine, or 2 CPU ranks. `make day05 RANKS=4` decides otherwise.
-GPUS   := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU)
-RANKS  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
-LABEL  ?= $(RANKS)$(if $(filter-out 0,$(GPUS)),gpu,cpu)
+else
+STAMP  := has-requirements
+MODEL  := has-model
+SERVE  := has-serve
+endif
+# All accelerators of this machine, or 2 CPU ranks. `make day05 RANKS=4` decides otherwise. Counted once, when a program
+# needs it: by nvidia-smi in no time, and where there are devices of other makes by DeepSpeed, in seconds.
+OTHERS  = $(shell ls /dev/kfd /dev/davinci[0-9]* /dev/accel* /dev/hl[0-9]* $(VENV)/lib/python*/site-packages/torch/lib/libtorch_xpu.so \
+    2>/dev/null; command -v xpu-smi)
+ASK    := from deepspeed.accelerator import get_accelerator as get; print(get().device_count() * (get().device_name() != "cpu"))
+COUNT   = $(eval COUNT := $(shell nvidia-smi --list-gpus 2>/dev/null | grep ^GPU | wc -l) \
+    $(if $(OTHERS),$(shell $(BIN)/python -c '$(ASK)' 2>/dev/null | tail -1)))$(COUNT)
+DEVICES = $(firstword $(filter-out 0,$(COUNT)))
+RANKS  ?= $(or $(DEVICES),2)
+LABEL  ?= $(RANKS)$(if $(DEVICES),gpu,cpu)
 # More flags for a day's script: `make day02 ARGS="--steps 100"`.
 ARGS   ?=
 # On CPU, ranks share the cores: one thread each, or they fight. (The caller's own value wins.)
-export OMP_NUM_THREADS ?= $(if $(filter-out 0,$(GPUS)),8,1)
-LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS)
+THREADS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(if $(DEVICES),8,1)}
+# Under make the screen is the program's: what launcher and libraries say about themselves stays off it, errors do not.
+# (Without make, `deepspeed ...` says it all.)
+QUIET   = UNDER_MAKE=1 $(if $(DEVICES),,DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu}) PYTHONWARNINGS=$${PYTHONWARNINGS:-ignore} \
+    TRANSFORMERS_VERBOSITY=error HF_DATASETS_DISABLE_PROGRESS_BARS=1 HF_HUB_DISABLE_PROGRESS_BARS=1 \
+    TORCH_CPP_LOG_LEVEL=ERROR
+# $(call launch,SCRIPT FLAGS) and $(call python,SCRIPT FLAGS) show the command as one types it, and run it.
+show    = printf '$$ %s\n' '$(subst ','\'',$(strip $(1)))'
+launch  = @$(call show,deepspeed --num_accelerators $(RANKS) $(1)); \
+    $(THREADS) $(QUIET) $(BIN)/deepspeed --quiet --log_level error --num_accelerators $(RANKS) $(1)
+python  = @$(call show,python $(1)); $(THREADS) $(QUIET) $(BIN)/python $(1)
+# The days there are, and those which take more than `deepspeed dayXX/train.py`.
+DAYS_DONE := $(patsubst %/train.py,%,$(wildcard day[0-9][0-9]/train.py))
+OTHER     := day01 day03 day22 day23 day28
 
 .DEFAULT_GOAL := help
 FORCE:  # the folders day01 ... exist, and must not count as made
@@ -28,46 +55,75 @@ help:  ## this list
 
 venv: $(STAMP)  ## set up .venv (done by every other target when needed)
 
+ifeq ($(VENV),.venv)
+ifneq ($(TORCH),)
+ifneq ($(TORCH),$(shell cat $(VENV)/torch 2>/dev/null))
+.PHONY: $(STAMP)  # another PyTorch than before
+endif
+endif
 $(STAMP): requirements.txt
-	@./install.sh "$(PYTHON)" "$(VENV)"
+	@./install.sh new "$(PYTHON)" "$(VENV)"
 	@touch $@
 
 $(MODEL): day22/requirements.txt | $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	@./install.sh add "$(VENV)" $< --no-deps
 	@touch $@
 
 $(SERVE): day28/requirements.txt capstone/serve/requirements.txt | $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@./install.sh add "$(VENV)" $<
 	@touch $@
+else
+.PHONY: $(STAMP) $(MODEL) $(SERVE)
+$(STAMP):
+	@./install.sh check "$(VENV)" requirements.txt
+$(MODEL): $(STAMP)
+	@./install.sh check "$(VENV)" day22/requirements.txt
+$(SERVE): $(STAMP)
+	@./install.sh check "$(VENV)" day28/requirements.txt
+endif
 
 train: day02  ## train the first DeepSpeed program (day 02), on all GPUs or on 2 CPU ranks
 
 day%: FORCE  ## run a day's program: make day05, make day05 RANKS=4 ARGS="--steps 100"
-	@test -e $@/train.py || { echo "$@ is not in the course yet; there are: $$(ls -d day?? | xargs)"; exit 1; }
-	@$(MAKE) --no-print-directory venv
-	$(LAUNCH) $@/train.py $(ARGS)
+	@echo "$@ is not in the course yet; there are: $(DAYS_DONE)"; exit 1
+
+$(filter-out $(OTHER),$(DAYS_DONE)): $(STAMP) FORCE
+	$(call launch,$@/train.py $(ARGS))
 
 day01: $(STAMP) FORCE
-	$(BIN)/python day01/labs/check_env.py
-	$(LAUNCH) day01/labs/hello_distributed.py
-	$(BIN)/python day01/train.py $(ARGS)
+	$(call python,day01/labs/check_env.py)
+	$(call launch,day01/labs/hello_distributed.py)
+	$(call python,day01/train.py $(ARGS))
 
 day03: $(STAMP) FORCE
-	$(BIN)/python day03/labs/compare.py --ranks $(RANKS) $(ARGS)
+	$(call python,day03/labs/compare.py --ranks $(RANKS) $(ARGS))
 
 day22 day23: $(MODEL) FORCE
-	$(LAUNCH) $@/train.py $(ARGS)
+	$(call launch,$@/train.py $(ARGS))
 
 day28: $(SERVE) FORCE
-	$(LAUNCH) $@/train.py $(ARGS)
+	$(call launch,$@/train.py $(ARGS))
 
 capstone: day28 FORCE  ## the whole project: prepare, train, evaluate, export, serve, one chat request
 
-test: $(MODEL) $(SERVE)  ## every test but the long ones (half an hour on 2 cores, more on slow ones)
-	$(BIN)/python -m pytest $(ARGS)
+# $(call tests,PYTEST FLAGS): what can run side by side on two workers, then alone what measures time or memory. Both
+# are run; "no such test" (exit code 5) is no failure unless both say so.
+WORKERS ?= 2
+tests = @code() { "$$@"; last=$$?; [ $$last != 2 ] || exit 2; }; \
+    code $(BIN)/python -m pytest $(1) --serial without -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS); first=$$last; \
+    code $(BIN)/python -m pytest $(1) --serial only $(ARGS); \
+    case $$first,$$last in \
+        0,0 | 0,5 | 5,0) ;; \
+        5,5) echo "no test was chosen"; exit 5 ;; \
+        0,* | 5,*) exit $$last ;; \
+        *) echo "tests failed on the $(WORKERS) workers: see the first of the two summaries above"; exit $$first ;; \
+    esac
 
-test-long: $(MODEL) $(SERVE)  ## the reliability tests: runs killed, files damaged, disks full (25 minutes)
-	$(BIN)/python -m pytest -m long $(ARGS)
+test: $(MODEL) $(SERVE)  ## every test but the long ones (a quarter of an hour on 2 cores, more on slow ones)
+	$(call tests,)
+
+test-long: $(MODEL) $(SERVE)  ## the reliability tests: runs killed, files damaged, disks full (20 minutes)
+	$(call tests,-m long)
 
 test-fast: $(MODEL) $(SERVE)  ## the tests that launch nothing (seconds)
 	$(BIN)/python -m pytest -m "not launch and not gpu and not long" $(ARGS)
@@ -80,5 +136,5 @@ render: $(STAMP)  ## bring the generated blocks of the notes (diffs, tables, out
 	$(BIN)/python -m tests.render
 
 results: $(MODEL) $(SERVE)  ## measure the notes' figures again on this machine (LABEL=h100 names the files, DAYS="day05 day12" some)
-	PATH="$(CURDIR)/$(BIN):$$PATH" ./measure.sh $(LABEL) $(RANKS) $(DAYS)
+	$(THREADS) PATH="$(abspath $(BIN)):$$PATH" ./measure.sh $(LABEL) $(RANKS) $(DAYS)
 	$(BIN)/python -m tests.render
