@@ -174,7 +174,7 @@ def _become(arguments: list[str], env: dict[str, str], stdout: Path, stderr: Pat
 
 
 def error_line(run: Run) -> str:
-    """The one sentence that a failed run gave."""
-    found = re.findall(r"^error: (.*)$", run.stderr, re.M)
+    """The one sentence that a failed run gave; behind the launcher's last lines it stands once more."""
+    found = sorted(set(re.findall(r"^error: (.*)$", run.stderr, re.M)))
     assert len(found) == 1, f"want one error sentence, got {found}\n{run.stderr[-2000:]}"
     return found[0]
