@@ -10,6 +10,7 @@ Checked with deepspeed 0.19.8. Source: the rename and fsync pages of the Linux m
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -31,11 +32,26 @@ sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the scr
 from common.errors import UserError, clear_errors
 
 NAME = re.compile(r"step\d{6,}")  # a published checkpoint; anything else is on its way in or out
-MANIFEST = "manifest.json"
+MANIFEST, FINISHED = "manifest.json", "finished.json"
+_host_groups = {}  # {the world: its group for host_group()}
 
 
 def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def host_group() -> dist.ProcessGroup:
+    """All ranks, talking through gloo: between hosts, whatever the backend of training. Collective the first time.
+
+    Through NCCL an answer lies on the GPU, where the host has to wait for the whole step to read it, and before
+    `set_device` there is no GPU to answer on.
+    """
+    if dist.get_backend() == "gloo":
+        return dist.group.WORLD
+    if dist.group.WORLD not in _host_groups:
+        _host_groups.clear()  # that of a world that was destroyed
+        _host_groups[dist.group.WORLD] = dist.new_group(backend="gloo")
+    return _host_groups[dist.group.WORLD]
 
 
 def from_all_ranks(value: object) -> list:
@@ -43,22 +59,30 @@ def from_all_ranks(value: object) -> list:
     values = [value]
     if dist.is_initialized():
         values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=host_group())
     return values
 
 
 @contextmanager
 def all_or_none(doing: str, folder: Path) -> Iterator[None]:
     """Run the block; when it fails on one rank, all ranks stop with that rank's reason. Collective."""
-    problem = None
+    problem = cause = None
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
-        free = shutil.disk_usage(folder).free
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:160]} ({free:,} bytes free in {folder})"
+    except Exception as error:  # of any kind: a rank that left here would keep the others waiting for ever
+        cause, reason = error, " ".join(str(error).split())[:160]
+        problem = f"{type(error).__name__}: {reason}{free_bytes(folder)}; the checkpoints before it are untouched"
     for rank, found in enumerate(from_all_ranks(problem)):
         if found:
-            raise UserError(f"{doing} failed on rank {rank}: {found}; the checkpoints before it are untouched")
+            raise UserError(f"{doing} failed on rank {rank}: {found}") from cause
+
+
+def free_bytes(folder: Path) -> str:
+    """What is free on the disk of `folder`, which need not be there (yet): a full disk is what torch does not name."""
+    for path in (folder, *folder.absolute().parents):
+        with suppress(OSError):
+            return f" ({shutil.disk_usage(path).free:,} bytes free in {folder})"
+    return ""
 
 
 # --- publish: a folder gets its name when all that is in it has reached the disk ---
@@ -150,7 +174,10 @@ def problem_with(folder: Path) -> str | None:
     rank, world = rank_and_world()
     found = None
     try:
-        files = read_manifest(folder)["files"]
+        manifest = read_manifest(folder)
+        files, loss = manifest["files"], manifest.get("held_out_loss")
+        if not (loss is None or math.isfinite(loss)):
+            raise UserError(f"its held-out loss is {loss}")
         present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
         for file in [*sorted(files), *sorted(present - files.keys())][rank::world]:
             if file not in present:
@@ -161,8 +188,8 @@ def problem_with(folder: Path) -> str | None:
                 raise UserError(f"{file} has {size:,} bytes, want {files[file]['bytes']:,}")
             if sha256(folder / file) != files[file]["sha256"]:
                 raise UserError(f"{file} has another SHA-256 than when it was saved")
-    except (OSError, UserError) as error:
-        found = str(error)
+    except Exception as error:  # of any kind, as in all_or_none
+        found = str(error) if isinstance(error, OSError | UserError) else f"{type(error).__name__}: {error}"
     return next((problem for problem in from_all_ranks(found) if problem), None)
 
 
@@ -197,13 +224,15 @@ def remove(folder: Path) -> None:
 def prune(root: Path, keep_last: int, keep_best: int = 1) -> list[str]:
     """Remove all but the newest `keep_last` and the `keep_best` with the lowest held-out loss; return what is left.
 
-    Rank 0 calls it, after `publish`, so that `latest` never names what is gone.
+    A loss that was not measured, is NaN or infinite is never among the best. Rank 0 calls it, after `publish`, so that
+    `latest` never names what is gone.
     """
     found, losses = checkpoints(root), {}
     for folder in found:
         with suppress(UserError):  # an old one may be damaged
-            losses[folder] = read_manifest(folder)["held_out_loss"]
-    best = sorted((folder for folder in losses if losses[folder] is not None), key=losses.get)[:keep_best]
+            losses[folder] = read_manifest(folder).get("held_out_loss")
+    measured = [folder for folder in losses if losses[folder] is not None and math.isfinite(losses[folder])]
+    best = sorted(measured, key=losses.get)[:keep_best]  # with a NaN among them, sorting would put anything first
     kept = [folder for folder in found if folder in found[:keep_last] or folder in best]
     for folder in set(found) - set(kept):
         remove(folder)
@@ -222,6 +251,18 @@ def clear_up(root: Path, good: Path | None) -> None:
         aside = folder.with_name(f"damaged_{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
+
+
+# --- say that all is done: the launcher's exit code does not ---
+
+
+def mark_finished(run_dir: Path, step: int) -> None:
+    """Write that the run has reached its last step; all ranks call it, last of all, and rank 0 writes.
+
+    A launcher that is killed itself ends with exit code 0 while its ranks train on (deepspeed 0.19.8).
+    """
+    if rank_and_world()[0] == 0:
+        write_whole(run_dir / FINISHED, json.dumps({"step": step}))
 
 
 # --- what is each rank's own, and what is not in DeepSpeed's files at all ---
@@ -280,7 +321,7 @@ class StopSignals:
     """SIGTERM and SIGUSR1, as schedulers send them, ask for a save and an end at the next step boundary."""
 
     def __init__(self) -> None:
-        self.seen, self.group = 0, None
+        self.seen = 0
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
@@ -288,15 +329,9 @@ class StopSignals:
         self.seen = number  # nothing else: a handler runs between any two lines of the program
 
     def agreed(self) -> str | None:
-        """The signal that any rank has seen, the same answer on all. Collective, once a step.
-
-        The ranks ask each other through gloo: an answer through NCCL would make the host wait for the GPU at every
-        step.
-        """
-        if self.group is None:
-            self.group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        """The signal that any rank has seen, the same answer on all. Collective, once a step."""
         seen = torch.tensor(self.seen)
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self.group)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=host_group())
         return signal.Signals(seen.item()).name if seen else None
 
 

@@ -97,6 +97,8 @@ def main() -> None:
         if stopped_by:
             print0(f"stopped by {stopped_by} after step {step}, which is saved: day18/train.py continues from it")
             break
+    else:
+        ckpt.mark_finished(Path(args.run_dir), args.steps)
     log.close()
     dist.destroy_process_group()
 

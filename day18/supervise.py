@@ -3,7 +3,8 @@
     python day18/supervise.py "deepspeed --num_accelerators 2 day18/train.py --run_dir runs/day18/mine --steps 200"
     python day18/supervise.py --drill kill "deepspeed --num_accelerators 2 day18/train.py --run_dir runs/day18/drill"
 
-Expect the run's own output, and a line that starts with "supervise:" whenever something ends or begins.
+Expect the run's own output, and a line that starts with "supervise:" whenever something ends or begins. A run is
+finished when it has written finished.json: the launcher's exit code is 0 also when the launcher was killed.
 Checked with deepspeed 0.19.8. Source: deepspeed/launcher/launch.py (what happens to the other ranks when one dies).
 """
 
@@ -24,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 from common.errors import UserError, clear_errors
-from day17.checkpoints import checkpoints
+from day17.checkpoints import FINISHED, checkpoints
 
 PHASES = ("starting", "batch", "compute", "boundary", "done")  # of a step, in order; a save belongs to the boundary
 POLL_S, GRACE_S = 0.1, 3
@@ -79,7 +80,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_restarts", type=int, default=3, help="restarts in a row without a new checkpoint")
     parser.add_argument("--backoff_s", type=float, default=5, help="wait before a restart, doubled each time in a row")
     parser.add_argument("--hang_timeout_s", type=float, default=300, help="no beat of any rank for so long is a hang")
-    parser.add_argument("--drill", choices=["kill", "stop"], help="do this to a rank once, to see that all this works")
+    parser.add_argument(
+        "--drill", choices=["kill", "stop", "launcher"], help="once: kill or stop a rank, or kill its launcher"
+    )
     parser.add_argument("--drill_rank", type=int, default=1, help="rank for the drill")
     parser.add_argument("--drill_step", type=int, default=12, help="step at which the drill takes place")
     return parser.parse_args()
@@ -107,7 +110,7 @@ class Supervisor:
                 os.kill(beats[rank]["pid"], signal.SIGTERM)
 
     def run_once(self) -> str | None:
-        """Launch, and watch until it ends; return what went wrong, None for a good end."""
+        """Launch, and watch until it ends; return what went wrong, None when it finished or was asked to stop."""
         self.launched = time.time()
         job = subprocess.Popen(self.words, start_new_session=True)  # its own process group, to be killed as one
         problem, last_sign, self.told = None, None, set()
@@ -131,18 +134,27 @@ class Supervisor:
                 break
         with suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)  # what is left of it
-        code = job.wait()
-        if code == 0:
+        code, beats = job.wait(), read_heartbeats(self.run_dir, self.launched)
+        going = [rank for rank, beat in beats.items() if beat["phase"] != "done"]
+        if self.finished() or (code == 0 and beats and not going):
             return None
+        if code == 0 and not problem:
+            problem = f"the launcher is gone, but {where(beats, going) or 'no rank had begun'}: no {FINISHED}"
         if last_sign:
             problem += f", the job was over {time.time() - last_sign:.1f} s after its last beat"
         return f"{problem or 'no rank was seen to die first'}; exit code {code}"
+
+    def finished(self) -> bool:
+        """Whether the run says itself that it has reached its last step, in this launch."""
+        marker = self.run_dir / FINISHED
+        return marker.exists() and marker.stat().st_mtime >= self.launched
 
     def _drill(self, beats: dict[int, dict]) -> None:
         beat = beats.get(self.args.drill_rank)
         if self.drill and beat and beat["step"] >= self.args.drill_step:
             print(f"supervise: drill: {self.drill} {where(beats, [self.args.drill_rank])}", flush=True)
-            os.kill(beat["pid"], signal.SIGKILL if self.drill == "kill" else signal.SIGSTOP)
+            victim = psutil.Process(beat["pid"]).ppid() if self.drill == "launcher" else beat["pid"]
+            os.kill(victim, signal.SIGSTOP if self.drill == "stop" else signal.SIGKILL)
             self.drill = None
 
     def run(self) -> None:
@@ -152,7 +164,8 @@ class Supervisor:
             problem = self.run_once()
             ended = f"after {time.monotonic() - start:.0f} s"
             if problem is None or self.asked_to_stop:
-                why = f"asked to stop by {self.asked_to_stop.name}" if self.asked_to_stop else "finished"
+                why = "finished" if self.finished() else "stopped by a signal to its ranks"
+                why = f"asked to stop by {self.asked_to_stop.name}" if self.asked_to_stop else why
                 print(f"supervise: {why} {ended}{f'; {problem}' if problem else ''}", flush=True)
                 return
             found = next(iter(checkpoints(self.run_dir / "checkpoints")), None)

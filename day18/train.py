@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 
 import deepspeed
-import hjson
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch.utils.data import DataLoader
 
 HERE = Path(__file__).resolve().parent
@@ -32,6 +32,7 @@ from common.errors import UserError, clear_errors
 from common.model import build_model, get_preset
 from common.ranks import print0, require_launcher
 from common.run_log import RunLog, default_run_dir, read_rows, show_path
+from config.read import read_config
 from day17 import checkpoints as ckpt
 from day17.saving import save
 from day18.loading import load_safely
@@ -63,6 +64,7 @@ def choose(root: Path, config: dict) -> tuple[Path | None, dict]:
         raise UserError(f"none of the {len(rejected)} checkpoints in {show_path(root)} is whole: move them away first")
     if dist.get_rank() == 0:
         ckpt.clear_up(root, found)
+        (root.parent / ckpt.FINISHED).unlink(missing_ok=True)  # of an earlier command with fewer steps
     if found is None:
         print0(f"resume: no checkpoint in {show_path(root)}, starting at step 0")
         return None, {}
@@ -84,6 +86,26 @@ def choose(root: Path, config: dict) -> tuple[Path | None, dict]:
     return found, facts
 
 
+def load(engine: deepspeed.DeepSpeedEngine, found: Path, facts: dict) -> tuple[int, int]:
+    """Load the checkpoint `found` into the engine; return its step and the sequences seen so far. Collective."""
+    path, client_state = engine.load_checkpoint(str(found.parent), tag=found.name)
+    if path is None:  # DeepSpeed only warns, and would train on from fresh weights
+        raise UserError(f"DeepSpeed loaded nothing from {found}")
+    if facts["global_batch"] != engine.train_batch_size():
+        print0(f"note: the batch was {facts['global_batch']} and is {engine.train_batch_size()}: other losses follow")
+    return client_state["step"], client_state["sequences"]
+
+
+def continue_log(args: argparse.Namespace, start: int, device: torch.device) -> RunLog:
+    """Open the run's log anew; metrics.jsonl goes on where the checkpoint was, after step `start`. Collective."""
+    logged = start and dist.get_rank() == 0 and (Path(args.run_dir) / "metrics.jsonl").exists()
+    kept = [row for row in read_rows(args.run_dir) if row["step"] <= start] if logged else []
+    log = RunLog(args.run_dir, args.steps, args.log_every, device)
+    for row in kept:
+        log.record(**row)
+    return log
+
+
 def main() -> None:
     args = parse_args()
     require_launcher()
@@ -91,13 +113,12 @@ def main() -> None:
         raise UserError(f"--save_every {args.save_every} --keep_last {args.keep_last}: both must be at least 1")
     if not 0 <= args.dropout < 1:
         raise UserError(f"--dropout {args.dropout}: the part of the activations to drop, from 0 to less than 1")
-    if not Path(args.deepspeed_config).is_file():
-        raise UserError(f"no config file {args.deepspeed_config!r}: look at the path after --deepspeed_config")
-    config = hjson.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"), object_pairs_hook=dict)
+    config = read_config(args.deepspeed_config)
     start_without_compiler()
     load_safely()
     stop, root = ckpt.StopSignals(), Path(args.run_dir) / "checkpoints"
     heart = Heartbeat(args.run_dir, int(os.environ["RANK"]))  # after the handlers: a supervisor may signal from now on
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU
     deepspeed.init_distributed()
     found, facts = choose(root, config)
     universal = found and found.name.startswith("universal_")
@@ -110,29 +131,17 @@ def main() -> None:
         module.p = args.dropout
 
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    start, sequences, rank = 0, 0, engine.global_rank
-    if found:
-        path, client_state = engine.load_checkpoint(str(root), tag=found.name)
-        if path is None:  # DeepSpeed only warns, and would train on from fresh weights
-            raise UserError(f"DeepSpeed loaded nothing from {found}")
-        start, sequences = client_state["step"], client_state["sequences"]
-        if facts["global_batch"] != engine.train_batch_size():
-            print0(
-                f"note: the batch was {facts['global_batch']} and is {engine.train_batch_size()}: other losses follow"
-            )
+    start, sequences = load(engine, found, facts) if found else (0, 0)
     print0(f"zero stage {engine.zero_optimization_stage()} | step {engine.global_steps} | {engine.device.type}")
 
     micro_batch, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     order = ckpt.GlobalOrder(len(train_blocks), micro_batch, args.seed, start=sequences)
     batches = iter(DataLoader(train_blocks, batch_size=micro_batch, sampler=order))
-    ckpt.seed_all(args.seed * 1000 + rank)  # from here on, each rank its own dropout masks
+    ckpt.seed_all(args.seed * 1000 + engine.global_rank)  # from here on, each rank its own dropout masks
     if found and not universal:  # after iter(DataLoader), which draws a random number; client_state has rank 0's on all
-        ckpt.set_random_state(torch.load(found / f"random_rank_{rank}.pt", weights_only=True), engine.device)
-    logged = rank == 0 and found and (Path(args.run_dir) / "metrics.jsonl").exists()
-    kept = read_rows(args.run_dir) if logged else []
-    log = RunLog(args.run_dir, args.steps, args.log_every, engine.device)
-    for row in (row for row in kept if row["step"] <= start):  # metrics.jsonl goes on where the checkpoint was
-        log.record(**row)
+        mine = found / f"random_rank_{engine.global_rank}.pt"
+        ckpt.set_random_state(torch.load(mine, weights_only=True), engine.device)
+    log = continue_log(args, start, engine.device)
     for step in range(start + 1, args.steps + 1):
         local_loss = 0.0
         for _ in range(accumulation):
@@ -152,6 +161,8 @@ def main() -> None:
         if stopped_by:
             print0(f"stopped by {stopped_by} after step {step}, which is saved: the same command continues")
             break
+    else:
+        ckpt.mark_finished(Path(args.run_dir), args.steps)
     log.close()
     heart.beat(args.steps, "done")
     dist.destroy_process_group()
