@@ -1,5 +1,6 @@
 """The first minutes: what make installs, into which environment, with whose mirrors, and what it shows."""
 
+import logging
 import os
 import pty
 import shutil
@@ -197,3 +198,18 @@ def test_accelerators_are_counted_when_a_program_starts_and_not_before(env_of_fa
     assert "train" in run("make", "help", PATH=path).stdout and not asked.exists()
     called = run("make", "day05", f"VENV={env_of_fakes}", PATH=path, DS_ACCELERATOR="").stdout.splitlines()[-1]
     assert "--num_accelerators 3 " in called and " DS= " in called and asked.exists()
+
+
+def test_under_make_the_warning_that_every_schedule_brings_is_left_out(monkeypatch):
+    import deepspeed  # takes seconds, so not above
+
+    from common.cpu import start_without_compiler
+
+    logger = deepspeed.utils.logger
+    monkeypatch.setattr(logger, "filters", [])
+    texts = ("Attempting to get learning rate from scheduler before it has started", "OVERFLOW! Skipping step")
+    records = [logging.LogRecord("DeepSpeed", logging.WARNING, "", 0, text, (), None) for text in texts]
+    for under_make, shown in ((False, [True, True]), (True, [False, True])):
+        monkeypatch.setenv("UNDER_MAKE", "1") if under_make else monkeypatch.delenv("UNDER_MAKE", raising=False)
+        start_without_compiler()
+        assert [bool(logger.filter(record)) for record in records] == shown
