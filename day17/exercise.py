@@ -93,7 +93,9 @@ def check(save, load_newest) -> None:
             step, found = load_newest(disk) or (None, None)
         except (ValueError, TypeError, KeyError, IndexError) as error:  # JSON that is cut in half, a file that is gone
             reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"not yet: {when}, load_newest ended with {reason}. Pass over what it cannot read.") from error
+            raise UserError(
+                f"not yet: {when}, load_newest ended with {reason}. Pass over what it cannot read."
+            ) from error
         if step not in steps or (step is not None and found != content[step]):
             right = " or ".join(map(str, steps))
             raise UserError(f"not yet: {when}, load_newest gave step {step}, want {right} with what was saved.")

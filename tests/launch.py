@@ -112,16 +112,22 @@ def run_ranks(script: str, *flags: object, ranks: int = 1, timeout: int = 300, c
     """
     if torch.cuda.is_available():
         return run_day(script, *flags, ranks=ranks, timeout=timeout, check=check, **env)
+    return _fork(*_as_ranks(script, flags, ranks, env), timeout, check)
+
+
+def start_ranks(
+    script: str, *flags: object, folder: Path, ranks: int = 2, **env: str
+) -> list[multiprocessing.process.BaseProcess]:
+    """Start the processes of `run_ranks` and return them running; they write `folder`/stdout and /stderr."""
+    return _start(*_as_ranks(script, flags, ranks, env), folder)
+
+
+def _as_ranks(script: str, flags: tuple, ranks: int, env: dict[str, str]) -> tuple[list[list], list[dict[str, str]]]:
+    """The command and the environment of each rank, as the launcher gives them."""
     world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    given = (
-        [f"--local_rank={rank}" for rank in range(ranks)] if '"--local_rank"' in (ROOT / script).read_text() else None
-    )
-    return _fork(
-        [[script, *(given[rank : rank + 1] if given else []), *flags] for rank in range(ranks)],
-        [env | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)],
-        timeout,
-        check,
-    )
+    knows_rank = '"--local_rank"' in (ROOT / script).read_text()
+    commands = [[script, *([f"--local_rank={rank}"] if knows_rank else []), *flags] for rank in range(ranks)]
+    return commands, [env | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def run_warm(script: str, *flags: object, timeout: int = 300, check: bool = True, **env: str) -> Run:
@@ -136,16 +142,8 @@ def run_warm(script: str, *flags: object, timeout: int = 300, check: bool = True
 
 def _fork(commands: list[list[object]], envs: list[dict[str, str]], timeout: int, check: bool) -> Run:
     """Fork a process for each command from the fork server; when one fails, or time is up, end them all."""
-    warm = multiprocessing.get_context("forkserver")
-    warm.set_forkserver_preload(["tests.preload"])
     with tempfile.TemporaryDirectory() as folder:
-        stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
-        processes = [
-            warm.Process(target=_become, args=([str(word) for word in command], env, stdout, stderr))
-            for command, env in zip(commands, envs, strict=True)
-        ]
-        for process in processes:
-            process.start()
+        processes = _start(commands, envs, Path(folder))
         ends, late = time.monotonic() + timeout, False
         while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes) and not late:
             time.sleep(0.05)
@@ -155,11 +153,26 @@ def _fork(commands: list[list[object]], envs: list[dict[str, str]], timeout: int
             process.kill()
             process.join()
         codes = [process.exitcode for process in processes]
-        run = Run(next((code for code in codes if code), 0), stdout.read_text(), stderr.read_text())
+        texts = [Path(folder, name).read_text() for name in ("stdout", "stderr")]
+        run = Run(next((code for code in codes if code), 0), *texts)
     assert not late, f"{commands[0]} ran longer than {timeout} s\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
     if check:
         assert run.code == 0, f"exit codes {codes}\n{run.stdout[-2000:]}\n{run.stderr[-3000:]}"
     return run
+
+
+def _start(commands: list[list[object]], envs: list[dict[str, str]], folder: Path) -> list:
+    """Fork a process for each command; all write into the same two files in `folder`."""
+    warm = multiprocessing.get_context("forkserver")
+    warm.set_forkserver_preload(["tests.preload"])
+    processes = []
+    for command, env in zip(commands, envs, strict=True):
+        arguments = [str(word) for word in command], env, folder / "stdout", folder / "stderr"
+        (folder / "stdout").touch()
+        (folder / "stderr").touch()
+        processes.append(warm.Process(target=_become, args=arguments))
+        processes[-1].start()
+    return processes
 
 
 def _become(arguments: list[str], env: dict[str, str], stdout: Path, stderr: Path) -> None:

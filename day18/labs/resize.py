@@ -21,12 +21,13 @@ import torch.distributed as dist
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from common.cpu import start_without_compiler
+from bench.table import Table
+from bench.world import join_world
 from common.errors import UserError, clear_errors
 from common.model import build_model
-from common.ranks import over_ranks, print0, require_launcher
-from common.results import this_command, write_results
-from common.run_log import default_run_dir, show_path
+from common.ranks import over_ranks
+from common.run_log import default_run_dir
+from config.read import read_config
 from day17.saving import save
 from day18.convert import convert
 from day18.loading import load_safely
@@ -40,7 +41,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps (not micro-batches)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--run_dir", default=default_run_dir("day18"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day18"), help="folder for checkpoints and resize_N.json")
     parser.add_argument("--stages", nargs="+", type=int, default=[1, 2, 3], help="ZeRO stages to save and to load at")
     parser.add_argument("--bf16", action="store_true", help="train in bf16 instead of fp32")
     parser.add_argument("--only_load", action="store_true", help="save nothing, load what is there")
@@ -48,7 +49,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def start(stage: int, universal: bool, args: argparse.Namespace) -> deepspeed.DeepSpeedEngine:
-    config = json.loads(Path(args.deepspeed_config).read_text())
+    config = read_config(args.deepspeed_config)
     config["train_micro_batch_size_per_gpu"] = GLOBAL_BATCH // dist.get_world_size()
     config["zero_optimization"]["stage"] = stage
     config |= {"bf16": {"enabled": args.bf16}, "checkpoint": {"load_universal": universal}}
@@ -70,45 +71,47 @@ def train(engine: deepspeed.DeepSpeedEngine, steps: int) -> list[float]:
     return losses
 
 
+def save_at(stage: int, folder: Path, args: argparse.Namespace) -> None:
+    """Train, save, convert; note down the losses of the run that just goes on. Collective."""
+    engine = start(stage, False, args)
+    train(engine, args.steps)
+    save(engine, folder / "checkpoints", args.steps, keep_last=1, held_out=None)
+    went_on = train(engine, args.steps)
+    engine.destroy()
+    convert(folder / "checkpoints" / f"step{args.steps:06d}", workers=1)
+    if dist.get_rank() == 0:
+        (folder / "went_on.json").write_text(json.dumps(went_on))
+
+
+def load_at(stage: int, source: Path, args: argparse.Namespace) -> float:
+    """Load `source` at `stage` on these ranks; return the largest difference of a loss to the run that went on."""
+    engine = start(stage, True, args)
+    path, client_state = engine.load_checkpoint(str(source / "checkpoints"))  # by its own latest_universal
+    if path is None or client_state["step"] != engine.global_steps:
+        raise UserError(f"DeepSpeed loaded nothing from {source}")
+    losses, went_on = train(engine, args.steps), json.loads((source / "went_on.json").read_text())
+    engine.destroy()
+    return max(abs(a - b) for a, b in zip(losses, went_on, strict=True))
+
+
 def main() -> None:
     args = parse_args()
-    require_launcher()
-    start_without_compiler()
+    join_world()
     load_safely()
-    deepspeed.init_distributed()
     root, world = Path(args.run_dir), dist.get_world_size()
     if GLOBAL_BATCH % world:
         raise UserError(f"{GLOBAL_BATCH} sequences do not divide by {world} ranks: take 1, 2, 4 or 8")
     for stage in () if args.only_load else args.stages:
-        engine, folder = start(stage, False, args), root / f"{world}_ranks_zero{stage}"
-        train(engine, args.steps)
-        save(engine, folder / "checkpoints", args.steps, keep_last=1, held_out=None)
-        went_on = train(engine, args.steps)
-        engine.destroy()
-        convert(folder / "checkpoints" / f"step{args.steps:06d}", workers=1)
-        if dist.get_rank() == 0:
-            (folder / "went_on.json").write_text(json.dumps(went_on))
+        save_at(stage, root / f"{world}_ranks_zero{stage}", args)
     dist.barrier()
 
-    table = []
+    table = Table(root / f"resize_{world}.json", {f"stage {stage}": f"stage_{stage}:.1e" for stage in args.stages})
     for source in sorted(path.parent for path in root.glob("*/went_on.json")):
-        want, row = json.loads((source / "went_on.json").read_text()), {"source": source.name}
-        for stage in args.stages:
-            engine = start(stage, True, args)
-            path, client_state = engine.load_checkpoint(str(source / "checkpoints"))  # by its own latest_universal
-            if path is None or client_state["step"] != engine.global_steps:
-                raise UserError(f"DeepSpeed loaded nothing from {source}")
-            losses = train(engine, args.steps)
-            engine.destroy()
-            row[f"stage_{stage}"] = max(abs(a - b) for a, b in zip(losses, want, strict=True))
-            print0(
-                f"{source.name} -> {world} ranks, stage {stage}: losses differ by {row[f'stage_{stage}']:.1e} at most"
-            )
-        table.append(row)
-    worst = max(value for row in table for name, value in row.items() if name != "source")
-    if dist.get_rank() == 0:
-        write_results(root / f"resize_{world}.json", this_command(), table=table, worst=worst)
-        print0(f"table: {show_path(root)}/resize_{world}.json")
+        differences = {f"stage_{stage}": load_at(stage, source, args) for stage in args.stages}
+        table.add({"case": source.name, **differences})
+    worst = max(row[f"stage_{stage}"] for row in table.rows for stage in args.stages)
+    table.save(worst=worst)
+    table.close()
     dist.destroy_process_group()
 
 
