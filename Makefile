@@ -136,5 +136,5 @@ render: $(STAMP)  ## bring the generated blocks of the notes (diffs, tables, out
 	$(BIN)/python -m tests.render
 
 results: $(MODEL) $(SERVE)  ## measure the notes' figures again on this machine (LABEL=h100 names the files, DAYS="day05 day12" some)
-	$(THREADS) PATH="$(abspath $(BIN)):$$PATH" ./measure.sh $(LABEL) $(RANKS) $(DAYS)
+	$(THREADS) $(BIN)/python -m tests.recipes --label $(LABEL) $(DAYS)
 	$(BIN)/python -m tests.render

@@ -51,7 +51,8 @@ def this_command() -> str:
 
 
 def write_results(path: str | Path, command: str, **values) -> None:
-    """Write `values` with `command` and `machine()` to `path` as indented JSON."""
+    """Write `values` with `command`, `machine()` and OMP_NUM_THREADS (None: not set) to `path` as indented JSON."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"command": command, **machine(), **values}, indent=2, ensure_ascii=False) + "\n")
+    known = {"command": command, **machine(), "omp_num_threads": os.environ.get("OMP_NUM_THREADS")}
+    path.write_text(json.dumps(known | values, indent=2, ensure_ascii=False) + "\n")

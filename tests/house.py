@@ -1,8 +1,17 @@
-"""Reading scripts as text: what their docstrings and flags say."""
+"""Reading scripts and commands as text: what docstrings and flags say, and whether a command can run."""
 
 import ast
+import re
+import shlex
 from functools import cache
 from pathlib import Path
+
+from tests.render import ROOT
+
+FOLDERS = r"(?:day\d\d|capstone|config|data|tests|common|bench)"
+# The options of the `deepspeed` launcher that the course uses; test_launcher_options_exist asks the launcher itself.
+LAUNCHER_OPTIONS = {"--num_accelerators", "--num_gpus", "--num_nodes", "--master_port", "--master_addr", "--hostfile"}
+LAUNCHER_OPTIONS |= {"--include", "--exclude", "--log_level", "--no_ssh", "--node_rank"}
 
 
 @cache
@@ -16,3 +25,21 @@ def flags_of(script: Path) -> dict[str, str]:
         for argument in call.args
         if argument.value.startswith("--")
     }
+
+
+def check_command(command: str) -> None:
+    """Fail when `command` names a script, a flag, an option of the launcher, or a file that is not there."""
+    words = shlex.split(command)
+    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # VARIABLE=value before the program
+        words.pop(0)
+    script = next((word for word in words if word.endswith(".py") and word != words[0]), None)
+    if words[0] in ("deepspeed", "python", "torchrun") and script:
+        assert (ROOT / script).exists(), f"{command}: no {script}"
+        position = words.index(script)
+        launcher_flags = {word for word in words[1:position] if word.startswith("--")}
+        assert words[0] != "deepspeed" or launcher_flags <= LAUNCHER_OPTIONS, command
+        used = {word.partition("=")[0] for word in words[position:] if word.startswith("--")}
+        unknown = used - set(flags_of(ROOT / script))
+        assert not unknown, f"{command}: {script} has no {unknown}"
+    for path in re.findall(rf"{FOLDERS}/[\w./-]+\.(?:json|py|txt|xz|sh|yaml)", command):
+        assert (ROOT / path).exists() or "/my" in path, f"{command}: no {path}"

@@ -6,17 +6,13 @@ import shlex
 
 import pytest
 
-from tests.house import flags_of
+from tests.house import FOLDERS, LAUNCHER_OPTIONS, check_command
 from tests.render import ROOT, pages, render
 
 PAGES = pages()
 NOTES = sorted(ROOT.glob("day[0-9][0-9]/notes.md"))
-FOLDERS = r"(?:day\d\d|capstone|config|data|tests|common)"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 TARGETS = set(re.findall(r"^([\w-]+)%?:", (ROOT / "Makefile").read_text(), re.M))
-# The options of the `deepspeed` launcher that the course uses; test_launcher_options_exist asks the launcher itself.
-LAUNCHER_OPTIONS = {"--num_accelerators", "--num_gpus", "--num_nodes", "--master_port", "--master_addr", "--hostfile"}
-LAUNCHER_OPTIONS |= {"--include", "--exclude", "--log_level", "--no_ssh", "--node_rank"}
 # Sections of a day's notes, in the order of the house (DESIGN): the same count and order in both languages.
 SECTIONS = [
     ("What you need", "准备"),
@@ -61,18 +57,7 @@ def test_commands_name_scripts_flags_and_files_that_exist(page):
             for target in (word for word in words[1:] if not re.match(r"[A-Z]+=", word)):
                 assert target in TARGETS or (ROOT / target / "train.py").exists(), f"{command}: no target {target}"
             continue
-        script = next((word for word in words if word.endswith(".py") and word != words[0]), None)
-        if words[0] in ("deepspeed", "python", "torchrun") and script:
-            assert (ROOT / script).exists(), f"{command}: no {script}"
-            position = words.index(script)
-            launcher_flags = {word for word in words[1:position] if word.startswith("--")}
-            assert words[0] != "deepspeed" or launcher_flags <= LAUNCHER_OPTIONS, command
-            used = {word.partition("=")[0] for word in words[position:] if word.startswith("--")}
-            assert used <= set(flags_of(ROOT / script)), (
-                f"{command}: {script} has no {used - set(flags_of(ROOT / script))}"
-            )
-        for path in re.findall(rf"{FOLDERS}/[\w./-]+\.(?:json|py|txt|xz|sh|yaml)", command):
-            assert (ROOT / path).exists() or "/my" in path, f"{command}: no {path}"
+        check_command(command)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
