@@ -27,12 +27,19 @@ UNITS = {"MB": 1e6, "GB": 1e9, "GiB": 2**30}
 
 
 def cell(row: dict, column: str) -> str:
-    """The value of `key:format` in `row`, as text; `a.b` is a nested key, MB, GB and GiB are formats, None is "-"."""
+    """The value of `key:format` in `row`, as text; MB, GB and GiB are formats, None is "-".
+
+    `a.b` is a nested key, `a.-1` the last of a list.
+    """
     key, _, form = column.partition(":")
-    value = functools.reduce(lambda found, part: (found or {}).get(part), key.split("."), row)
+    value = functools.reduce(_within, key.split("."), row)
     if value is None:
         return "-"
     return f"{value / UNITS[form]:,.2f}" if form in UNITS else format(value, form)
+
+
+def _within(found: dict | list | None, part: str) -> object:
+    return found[int(part)] if isinstance(found, list) else (found or {}).get(part)
 
 
 class Table:
@@ -76,10 +83,10 @@ class Table:
         if not dist.is_initialized() or dist.get_rank() == 0:
             write_results(self.path, this_command(), **self.facts, table=self.rows)
 
-    def bars(self, key: str, unit: str, title: str, name: str = "", scale: float = 1.0) -> None:
+    def bars(self, key: str, unit: str, title: str, name: str = "", scale: float = 1.0, label: str = "{case}") -> None:
         """Draw the rows' `key` divided by `scale` beside the table, as NAME.png (default: the key's name)."""
         if not dist.is_initialized() or dist.get_rank() == 0:
-            values = {row["case"]: row[key] / scale for row in self.rows if row.get(key) is not None}
+            values = {label.format(**row): row[key] / scale for row in self.rows if row.get(key) is not None}
             plot_bars(values, self.path.with_name(f"{name or key}.png"), title, unit)
 
     def close(self) -> None:

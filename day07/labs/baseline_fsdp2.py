@@ -33,13 +33,13 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ddp", action="store_true", help="DistributedDataParallel instead of FSDP2")
     parser.add_argument("--bf16", action="store_true", help="compute in bf16; weights and Adam's states stay fp32")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences a rank and optimizer step")
+    parser.add_argument("--micro_batch", type=int, default=8, help="sequences a rank and micro-batch")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps (not micro-batches)")
     parser.add_argument("--log_every", type=int, default=20, help="optimizer steps between two log lines")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--run_dir", default=default_run_dir("day07"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day07"), help="folder for metrics.jsonl")
     parser.add_argument("--model", default="tiny", help="preset of common/model.py")
     parser.add_argument("--corpus", default="all", help="shipped corpus, text file, or Hugging Face data set")
     return parser.parse_args()
@@ -61,7 +61,7 @@ def main() -> None:
     weight = model.transformer.wte.weight
     print0(f"{'DDP' if args.ddp else 'FSDP2'} | {type(weight).__name__} {tuple(weight.shape)} | {device.type}")
     sampler = DistributedSampler(train_blocks, seed=args.seed)  # each rank its own blocks
-    loader = DataLoader(train_blocks, batch_size=args.batch_size, sampler=sampler, drop_last=True)
+    loader = DataLoader(train_blocks, batch_size=args.micro_batch, sampler=sampler, drop_last=True)
 
     log = RunLog(args.run_dir, args.steps, args.log_every, device)
     log.held_out(0, held_out_loss(model, held_out_blocks, device))
