@@ -76,6 +76,8 @@ BARE_KEY = re.compile(r"[^\s:{}\[\],]+")
 class Reader:
     """A small hjson parser: JSON, comments, trailing and missing commas, unquoted keys and values.
 
+    Not config/read.py, which knows no lines and needs hjson: findings name the line, duplicate keys are all of them
+    listed, and this file runs where neither DeepSpeed nor the rest of the repository is installed.
     `lines` maps the path of every key and list item to its line; `duplicates` lists (path, line) of repeated keys.
     """
 
@@ -466,79 +468,108 @@ def auto(c, node, path, lax):
         yield c.error(path, f'{filled} takes "auto" as a plain string, and crashes or misreads it.', "Write a value.")
 
 
+class Misfit:
+    """A value that may not be of the JSON type that its key wants, and the sentences about it."""
+
+    WANT = {"object": "a section {...}", "array": "a list", "integer": "an integer", "boolean": "true or false"}
+
+    def __init__(self, node, value, lax, path):
+        self.node, self.value, self.lax, self.path = node, value, lax, path
+        self.allowed = kinds(node)
+        wants = " or ".join(self.WANT.get(kind, f"a {kind}") for kind in self.allowed if kind != "null")
+        self.shown = json.dumps(value)
+        self.hint = ""
+        if isinstance(value, Quoteless):
+            self.shown = f"the text {self.shown}"
+            self.hint = " (hjson reads unquoted text up to the end of the line, comma included)"
+        self.fix = f"Write {wants}."
+        if isinstance(value, str) and value.startswith(("True", "False")):
+            self.fix = f"Write {wants} (true and false are lower case in JSON)."
+        elif (switch := {bool: "enabled", int: "stage"}.get(type(value))) in node.get("properties", {}):
+            self.fix = f'Write {{"{switch}": {self.shown}}}.'
+        early = lax or "object" in self.allowed or path in STRICT_BOOLEANS
+        when = "raises at initialize()" if early else "does not check it, and crashes or misreads it when it is used"
+        self.rejects = f"{self.shown}{self.hint} is not {wants}: DeepSpeed {when}."
+
+    def error(self, message=None):
+        return "error", message or self.rejects, self.fix
+
+    def warning(self, message):
+        return "warning", message, self.fix
+
+
 def type_problem(node, value, lax, path):
     """(level, what happens, fix) when the JSON type is wrong, else None."""
-    allowed = kinds(node)
-    if not allowed:
+    misfit = Misfit(node, value, lax, path)
+    if not misfit.allowed:
         return None
-    want = {"object": "a section {...}", "array": "a list", "integer": "an integer", "boolean": "true or false"}
-    wants = " or ".join(want.get(k, f"a {k}") for k in allowed if k != "null")
-    shown = json.dumps(value) if not isinstance(value, Quoteless) else f"the text {json.dumps(value)}"
-    hint = ""
-    if isinstance(value, Quoteless):
-        hint = " (hjson reads unquoted text up to the end of the line, comma included)"
-    fix = f"Write {wants}."
-    if isinstance(value, str) and value.startswith(("True", "False")):
-        fix = f"Write {wants} (true and false are lower case in JSON)."
-    elif (switch := {bool: "enabled", int: "stage"}.get(type(value))) in node.get("properties", {}):
-        fix = f'Write {{"{switch}": {shown}}}.'
-    early = lax or "object" in allowed or path in STRICT_BOOLEANS
-    when = "raises at initialize()" if early else "does not check it, and crashes or misreads it when it is used"
-    rejects = f"{shown}{hint} is not {wants}: DeepSpeed {when}."
-
     if isinstance(value, bool):
-        if "boolean" in allowed:
-            return None
-        if "object" in allowed and path == "zero_optimization":
-            return "warning", f"Deprecated form: {shown} means stage {int(value)}.", 'Write {"stage": 1}.'
-        if allowed[0] in ("integer", "number") and path != "fp16.loss_scale":
-            return "error", f"{shown} is taken as the number {int(value)}.", fix
-        return "error", rejects, fix
+        return boolean_problem(misfit)
     if value is None:
-        if "null" in allowed:
-            return None
-        if allowed == ["boolean"] and not lax and path not in STRICT_BOOLEANS:
-            return "warning", "null counts as false.", fix
-        return "error", f"{rejects[:-1]}; null does not mean the default.", fix
+        return null_problem(misfit)
     if isinstance(value, (int, float)):
-        if "number" in allowed or ("integer" in allowed and isinstance(value, int)):
-            return None
-        if "integer" in allowed:
-            if lax and abs(value) >= 2**63:
-                return "error", f"{shown} does not fit into 64 bits: DeepSpeed raises at initialize().", fix
-            if value != int(value):
-                kept = "raises at initialize()" if lax else "keeps the fraction and computes with it"
-                return "error", f"{shown} is not an integer: DeepSpeed {kept}.", fix
-            if path.startswith("scheduler."):
-                return "error", f"{shown} is a float, and DeepSpeed insists on an integer: ValueError.", fix
-            if not lax and path.startswith(("train_", "gradient_acc")):
-                return "warning", f"{shown} stays a float, and so does the batch size.", fix
-            return None
-        if "boolean" in allowed:
-            if value in (0, 1):
-                return "warning", f"{shown} is taken as {str(bool(value)).lower()}.", fix
-            return "error", rejects if lax else f"{shown} counts as true.", fix
-        return "error", rejects, fix
+        return number_problem(misfit)
     if isinstance(value, str):
-        only = node.get("x-only-string")
-        if "string" in allowed and not (only and value != only):
-            return None
-        if {"integer", "number"} & set(allowed):
-            pattern = r"\s*[+-]?\d+(_\d+)*(\.0*)?\s*" if "integer" in allowed else r"\s*[+-]?[\d.]+([eE][+-]?\d+)?\s*"
-            if lax and not node.get("x-no-coercion") and not only and re.fullmatch(pattern, value):
-                return "warning", f"{shown} is converted by DeepSpeed, but not by others who read the file.", fix
-            return "error", rejects, fix
-        if "boolean" in allowed and not only:
-            if lax and value.lower() in ("true", "false", "yes", "no", "on", "off", "1", "0", "t", "f", "y", "n"):
-                return "warning", f"{shown}{hint} is converted by DeepSpeed, but not by others who read the file.", fix
-            if lax or path in STRICT_BOOLEANS:
-                return "error", rejects, fix
-            level = "warning" if value.lower() in ("true", "yes", "on", "1") else "error"
-            return level, f"{shown}{hint} is a non-empty string and counts as true, whatever it says.", fix
-        return "error", rejects, fix
-    if isinstance(value, list):
-        return None if "array" in allowed else ("error", rejects, fix)
-    return None if "object" in allowed else ("error", rejects, fix)
+        return text_problem(misfit)
+    return None if ("array" if isinstance(value, list) else "object") in misfit.allowed else misfit.error()
+
+
+def boolean_problem(m):
+    if "boolean" in m.allowed:
+        return None
+    if "object" in m.allowed and m.path == "zero_optimization":
+        return "warning", f"Deprecated form: {m.shown} means stage {int(m.value)}.", 'Write {"stage": 1}.'
+    if m.allowed[0] in ("integer", "number") and m.path != "fp16.loss_scale":
+        return m.error(f"{m.shown} is taken as the number {int(m.value)}.")
+    return m.error()
+
+
+def null_problem(m):
+    if "null" in m.allowed:
+        return None
+    if m.allowed == ["boolean"] and not m.lax and m.path not in STRICT_BOOLEANS:
+        return m.warning("null counts as false.")
+    return m.error(f"{m.rejects[:-1]}; null does not mean the default.")
+
+
+def number_problem(m):
+    if "number" in m.allowed or ("integer" in m.allowed and isinstance(m.value, int)):
+        return None
+    if "integer" in m.allowed:
+        if m.lax and abs(m.value) >= 2**63:
+            return m.error(f"{m.shown} does not fit into 64 bits: DeepSpeed raises at initialize().")
+        if m.value != int(m.value):
+            kept = "raises at initialize()" if m.lax else "keeps the fraction and computes with it"
+            return m.error(f"{m.shown} is not an integer: DeepSpeed {kept}.")
+        if m.path.startswith("scheduler."):
+            return m.error(f"{m.shown} is a float, and DeepSpeed insists on an integer: ValueError.")
+        if not m.lax and m.path.startswith(("train_", "gradient_acc")):
+            return m.warning(f"{m.shown} stays a float, and so does the batch size.")
+        return None
+    if "boolean" in m.allowed:
+        if m.value in (0, 1):
+            return m.warning(f"{m.shown} is taken as {str(bool(m.value)).lower()}.")
+        return m.error(None if m.lax else f"{m.shown} counts as true.")
+    return m.error()
+
+
+def text_problem(m):
+    only = m.node.get("x-only-string")
+    if "string" in m.allowed and not (only and m.value != only):
+        return None
+    if {"integer", "number"} & set(m.allowed):
+        pattern = r"\s*[+-]?\d+(_\d+)*(\.0*)?\s*" if "integer" in m.allowed else r"\s*[+-]?[\d.]+([eE][+-]?\d+)?\s*"
+        if m.lax and not m.node.get("x-no-coercion") and not only and re.fullmatch(pattern, m.value):
+            return m.warning(f"{m.shown} is converted by DeepSpeed, but not by others who read the file.")
+        return m.error()
+    if "boolean" in m.allowed and not only:
+        if m.lax and m.value.lower() in ("true", "false", "yes", "no", "on", "off", "1", "0", "t", "f", "y", "n"):
+            return m.warning(f"{m.shown}{m.hint} is converted by DeepSpeed, but not by others who read the file.")
+        if m.lax or m.path in STRICT_BOOLEANS:
+            return m.error()
+        message = f"{m.shown}{m.hint} is a non-empty string and counts as true, whatever it says."
+        return m.warning(message) if m.value.lower() in ("true", "yes", "on", "1") else m.error(message)
+    return m.error()
 
 
 def range_problem(c, node, value, path, lax):
@@ -689,7 +720,7 @@ def world_size_divides(c) -> Iterator[Finding]:
 
 
 def precision(c) -> Iterator[Finding]:
-    """runtime/config.py, runtime/engine.py (_do_optimizer_sanity_check, backward), runtime/torch_autocast.py"""
+    """runtime/config.py, runtime/engine.py (_do_optimizer_sanity_check, backward)"""
     which = "bf16" if c.get("bf16") is not None else "bfloat16"
     if c.fp16 and c.bf16:
         yield c.error(f"{which}.enabled", "fp16 and bf16 are both on: DeepSpeed raises AssertionError.", "Keep one.")
@@ -714,6 +745,10 @@ def precision(c) -> Iterator[Finding]:
             )
             level = "warning" if compiled else "error"
             yield c.find(level, f"{which}.enabled", message, "Use ZeRO stage 1, or torch_autocast.")
+
+
+def torch_autocast(c) -> Iterator[Finding]:
+    """runtime/torch_autocast.py, runtime/engine.py _do_optimizer_sanity_check"""
     autocast = truthy(c.get("torch_autocast.enabled"))
     if autocast and truthy(c.zero.get("zero_quantized_weights")):
         path = "zero_optimization.zero_quantized_weights"
@@ -737,6 +772,10 @@ def precision(c) -> Iterator[Finding]:
             yield c.error(path, f"{module!r} cannot be imported: DeepSpeed raises ValueError.", f'"torch.nn.{module}"')
     if autocast and c.get("torch_autocast.dtype") in ("fp32", "float32", "torch.float32", "float"):
         yield c.warning("torch_autocast.dtype", "Autocast to float32 does nothing.", '"bfloat16"')
+
+
+def loss_scale(c) -> Iterator[Finding]:
+    """runtime/fp16/loss_scaler.py, runtime/config.py"""
     if truthy(c.get("fp16.auto_cast")) and not c.fp16 and c.get("fp16.enabled") != "auto":
         message = "Works although fp16 is off: inputs become float16, the model stays as it is, and forward() raises."
         yield c.error("fp16.auto_cast", message, "Delete it.")
@@ -838,25 +877,30 @@ def zero_stage(c) -> Iterator[Finding]:
         for key, neutral in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
             if c.get(key, neutral) not in (neutral, "auto"):
                 yield c.error(key, f"ZeRO-{c.stage} with reduce_scatter cannot do that: AssertionError.", "Delete it.")
-    zenflow = zero.get("zenflow")
-    if isinstance(zenflow, dict):
-        if c.offload("optimizer") == "none":
-            message = "ZenFlow needs optimizer offload: DeepSpeed raises ValueError."
-            yield c.error(f"{at}.zenflow", message, 'Add "offload_optimizer": {"device": "cpu"}.')
-        elif c.stage == 0:
-            yield c.error(f"{at}.zenflow", "At stage 0 the first step crashes (no attribute 'reduce_gradients').")
-        elif c.other_than_cpu_adam():
-            message = "ZenFlow builds its own AdamW from these optimizer params: TypeError."
-            yield c.error(f"{at}.zenflow", message, c.other_than_cpu_adam())
-        automatic = zenflow.get("select_strategy", "auto") == "auto"
-        if automatic == isinstance(zenflow.get("select_interval", "auto"), int):
-            message = 'A number goes with select_strategy "step" or "epoch", and "auto" with "auto": DeepSpeed raises.'
-            yield c.error(f"{at}.zenflow.select_interval", message)
     for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
         if is_number(zero.get(key)) and 0 < zero[key] < 1000:
             yield c.warning(
                 f"{at}.{key}", f"{zero[key]} elements, not megabytes: a message for every few numbers.", "5e8"
             )
+
+
+def zenflow(c) -> Iterator[Finding]:
+    """runtime/zenflow/; runtime/zero/config.py"""
+    settings, at = c.zero.get("zenflow"), "zero_optimization.zenflow"
+    if not isinstance(settings, dict) or c.stage_unknown:
+        return
+    if c.offload("optimizer") == "none":
+        message = "ZenFlow needs optimizer offload: DeepSpeed raises ValueError."
+        yield c.error(at, message, 'Add "offload_optimizer": {"device": "cpu"}.')
+    elif c.stage == 0:
+        yield c.error(at, "At stage 0 the first step crashes (no attribute 'reduce_gradients').")
+    elif c.other_than_cpu_adam():
+        message = "ZenFlow builds its own AdamW from these optimizer params: TypeError."
+        yield c.error(at, message, c.other_than_cpu_adam())
+    automatic = settings.get("select_strategy", "auto") == "auto"
+    if automatic == isinstance(settings.get("select_interval", "auto"), int):
+        message = 'A number goes with select_strategy "step" or "epoch", and "auto" with "auto": DeepSpeed raises.'
+        yield c.error(f"{at}.select_interval", message)
 
 
 def offload(c) -> Iterator[Finding]:
@@ -1198,9 +1242,9 @@ def swallowed_commas(c) -> Iterator[Finding]:
 
 
 RULES = [
-    batch_arithmetic, world_size_divides, precision, low_precision_states, data_types, zero_stage, offload,
-    needs_cuda, communication, optimizer, scheduler, does_nothing, defaults, hugging_face,
-    swallowed_commas]  # fmt: skip
+    batch_arithmetic, world_size_divides, precision, torch_autocast, loss_scale, low_precision_states, data_types,
+    zero_stage, zenflow, offload, needs_cuda, communication, optimizer, scheduler, does_nothing, defaults,
+    hugging_face, swallowed_commas]  # fmt: skip
 
 
 # --- checking a file ------------------------------------------------------------------------------------------------
