@@ -50,9 +50,7 @@ AFTERWARDS = 'while kill -0 "$1" 2>/dev/null; do sleep 0.05; done; printf "%s\\n
 def clear_errors() -> Iterator[None]:
     """Turn a UserError, an exercise's open TODO, or a DeepSpeed error in HINTS into one sentence and exit code 1.
 
-    Printed once a machine, as every rank there reads the same flags and files: the other ranks speak only when local
-    rank 0 has not ended them within 5 s. The `deepspeed` launcher buries it under lines of its own, so it comes again
-    after these.
+    Printed once a machine, as every rank there reads the same flags and files.
     """
     try:
         yield
@@ -60,14 +58,22 @@ def clear_errors() -> Iterator[None]:
         sentence = _open_todo(error) or (str(error) if isinstance(error, UserError) else _explain(error))
         if sentence is None:
             raise
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(5)
-        sys.stderr.write(f"error: {sentence}\n")
-        parent = Path(f"/proc/{os.getppid()}/cmdline")  # not there when the parent is outside of a container
-        if parent.is_file() and b"deepspeed.launcher.launch" in parent.read_bytes():
-            # in the background of a shell that ends at once: the launcher ends what is still below this process
-            subprocess.run(["sh", "-c", f"({AFTERWARDS}) &", "sh", str(os.getppid()), f"error: {sentence}"])
+        say_error(sentence)
         sys.exit(1)
+
+
+def say_error(sentence: str) -> None:
+    """Print an error for this machine: the other ranks speak only when local rank 0 has not ended them within 5 s.
+
+    The `deepspeed` launcher buries it under lines of its own, so it comes again after these.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(5)
+    sys.stderr.write(f"error: {sentence}\n")
+    parent = Path(f"/proc/{os.getppid()}/cmdline")  # not there when the parent is outside of a container
+    if parent.is_file() and b"deepspeed.launcher.launch" in parent.read_bytes():
+        # in the background of a shell that ends at once: the launcher ends what is still below this process
+        subprocess.run(["sh", "-c", f"({AFTERWARDS}) &", "sh", str(os.getppid()), f"error: {sentence}"])
 
 
 def _open_todo(error: BaseException | None) -> str | None:
