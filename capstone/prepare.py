@@ -34,10 +34,10 @@ from common.data import load_tokenizer
 from common.errors import UserError, clear_errors
 from common.ranks import print0
 from common.run_log import show_path
+from data.documents import PLAIN, ROWS, SAVED, kind_of, read_kind
 from day17.checkpoints import MANIFEST, flush, problem_with, read_manifest, sha256, with_own_sum, write_whole
 
 BATCH_CHARS = 2**18  # that are tokenized at a time: a worker's memory is this, not a shard
-SUFFIXES = {kind + packed for kind in tx.LINES + tx.PLAIN for packed in ("", *tx.OPENERS)}
 
 
 # --- sources ---
@@ -45,21 +45,38 @@ SUFFIXES = {kind + packed for kind in tx.LINES + tx.PLAIN for packed in ("", *tx
 
 def open_sources(config: Config) -> list[tuple[dict, object]]:
     """Return ({name, sha256, bytes} or {name, fingerprint, rows}, path or data set) of each, folders file by file."""
-    found = []
+    found, left_out = [], Counter()
     for name in config.data.sources:
         path = ROOT / name
-        if name.startswith("hf:") or (path / "dataset_info.json").exists():
+        if name.startswith("hf:") or any((path / mark).exists() for mark in SAVED):
             data = open_dataset(name, path, config.data.text_key)
             found.append(({"name": name, "fingerprint": data._fingerprint, "rows": len(data)}, data))
             continue
-        files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
-        files = [file for file in files if file.is_file() and SUFFIXES & {file.suffix, "".join(file.suffixes[-2:])}]
-        if not files:
-            raise UserError(f"data.sources: {name!r} is no file and no folder with {', '.join(sorted(SUFFIXES))} in it")
-        for file in files:
+        files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
+        known = [file for file in files if kind_of(file) in (*PLAIN, *ROWS)]
+        left_out.update(kind_of(file) or "other" for file in files if file not in known)
+        if not known:
+            raise UserError(f"data.sources: {name!r} is no file and no folder with {', '.join((*PLAIN, *ROWS))} in it")
+        for file in known:
             facts = {"name": show_path(file), "sha256": sha256(file), "bytes": file.stat().st_size}
-            found.append((facts, file))
+            in_lines = kind_of(file) in (".jsonl", *PLAIN)  # read line by line here; the others are the library's
+            found.append((facts, file if in_lines else open_rows(file, config.data.text_key, config.data.encoding)))
+    if left_out:
+        print0(f"left out: {', '.join(f'{count} {kind} file(s)' for kind, count in sorted(left_out.items()))}")
     return found
+
+
+def open_rows(file: Path, text_key: str, encoding: str | None):
+    """A file of rows as a data set, by its suffix."""
+    try:
+        data = read_kind(kind_of(file), [file], encoding)
+    except UserError:
+        raise
+    except Exception as error:  # the library has no common base class for what is wrong with a file
+        raise UserError(f"data.sources: {file} could not be read ({type(error).__name__}: {error})") from error
+    if text_key not in data.column_names:
+        raise UserError(f"data.sources: {file} has no column {text_key!r}; it has {data.column_names}: data.text_key")
+    return data
 
 
 def open_dataset(name: str, path: Path, text_key: str):
@@ -75,22 +92,30 @@ def open_dataset(name: str, path: Path, text_key: str):
             data = datasets.load_dataset(*parts[:2], split=split)
     except Exception as error:  # the hub's client has no common base class for "not found" and "offline"
         raise UserError(f"data.sources: {name!r} could not be opened ({type(error).__name__}: {error})") from error
+    if isinstance(data, dict):  # what is held out is decided document by document, from one split
+        if "train" not in data:
+            raise UserError(f"data.sources: {name!r} has no split 'train'; it has {list(data)}")
+        print0(f"{name}: the split 'train' of {', '.join(data)}")
+        data = data["train"]
     if text_key not in data.column_names:
         raise UserError(f"data.sources: {name!r} has no column {text_key!r}; it has {data.column_names}: data.text_key")
     return data
 
 
 def documents(config: Config, sources: list, bar: tqdm) -> Iterator[str | None]:
+    asked = config.data
     for _, source in sources:
         before = bar.n
         if isinstance(source, Path):
-            for text, at in tx.read_file(source, config.data.text_key, config.data.text_documents):
+            for text, at in tx.read_file(
+                source, config.data.text_key, config.data.text_documents, config.data.encoding
+            ):
                 bar.update(before + at - bar.n)
                 yield text
         else:
-            for batch in source.select_columns([config.data.text_key]).iter(batch_size=64):
-                bar.update(len(batch[config.data.text_key]))
-                yield from batch[config.data.text_key]
+            for batch in source.select_columns([asked.text_key]).iter(batch_size=64):
+                bar.update(len(batch[asked.text_key]))
+                yield from batch[asked.text_key]
 
 
 def chunks(texts: Iterator[str | None], chunk_mb: float) -> Iterator[list[str | None]]:

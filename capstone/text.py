@@ -6,10 +6,8 @@ Sources: Broder 1997, On the resemblance and containment of documents; Leskovec,
 Datasets, chapter 3; Lee et al. 2022 (arXiv:2107.06499) on why deduplicating makes language models better.
 """
 
-import gzip
 import hashlib
 import json
-import lzma
 import re
 import unicodedata
 import zlib
@@ -21,28 +19,20 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
+from data.documents import kind_of, paragraphs, read_lines
 
 # --- read: (text or None, bytes of the source read so far), one after another, never a whole source in memory ---
 
-OPENERS = {".xz": lzma.open, ".gz": gzip.open}
-LINES, PLAIN = (".jsonl", ".json"), (".txt", ".md")
 MAX_FILE_DOCUMENT = 64 * 2**20
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, int]]:
-    try:
-        with open(path, "rb") as raw, OPENERS.get(path.suffix, lambda file: file)(raw) as lines:
-            for line in lines:
-                yield line.decode("utf-8", errors="replace"), raw.tell()
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is damaged, or not a {path.suffix} file at all: {error}") from None
-
-
-def read_file(path: Path, text_key: str, documents: str) -> Iterator[tuple[str | None, int]]:
-    """Yield the documents of a file; None for a line that is no JSON object with a text."""
-    kind = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
-    if kind in LINES:
-        for line, at in read_lines(path):
+def read_file(
+    path: Path, text_key: str, documents: str, encoding: str | None = None
+) -> Iterator[tuple[str | None, int]]:
+    """Yield the documents of a .jsonl, .txt or .md file; None for a line that is no JSON object with a text."""
+    lines = read_lines(path, encoding)
+    if kind_of(path) == ".jsonl":
+        for line, at in lines:
             if not line.strip():
                 continue
             try:
@@ -51,18 +41,10 @@ def read_file(path: Path, text_key: str, documents: str) -> Iterator[tuple[str |
                 text = None
             yield text if isinstance(text, str) else None, at
     elif documents == "paragraph":
-        paragraph = []
-        for line, at in read_lines(path):
-            if line.strip():
-                paragraph.append(line)
-            elif paragraph:
-                yield "".join(paragraph), at
-                paragraph = []
-        if paragraph:
-            yield "".join(paragraph), path.stat().st_size
+        yield from paragraphs(lines)
     else:
         text, at = [], 0
-        for line, at in read_lines(path):
+        for line, at in lines:
             text.append(line)
             if at > MAX_FILE_DOCUMENT:
                 raise UserError(f"{path} is one document of more than 64 MiB: data.text_documents=paragraph cuts it")

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.errors import UserError
 from common.ranks import over_ranks
+from data.documents import open_documents
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SHIPPED = {
@@ -80,26 +80,51 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer shipped in data/ ("bpe4096", "gpt2"), or any Hugging Face name or local path."""
     shipped = DATA / name
     try:
-        return AutoTokenizer.from_pretrained(shipped if (shipped / "tokenizer_config.json").exists() else name)
+        tokenizer = AutoTokenizer.from_pretrained(shipped if (shipped / "tokenizer_config.json").exists() else name)
     except (OSError, ValueError) as error:
         raise UserError(
             f"tokenizer {name!r} is neither shipped (bpe4096, gpt2) nor a path or a name that the hub served"
         ) from error
+    return checked(tokenizer, name)
+
+
+def checked(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
+    """Return `tokenizer` if it can end a document and has a fast backend; UserError with what is missing otherwise."""
+    if not tokenizer.is_fast:
+        raise UserError(f"tokenizer {name!r} ({type(tokenizer).__name__}) is Python only: take one with tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {name!r} has no end token: set eos_token in its tokenizer_config.json")
+    return tokenizer
+
+
+def cache_folder() -> Path:
+    """Where tokenized corpora lie: $COURSE_CACHE, data/cache, or the user's own where the course is read-only."""
+    if named := os.environ.get("COURSE_CACHE"):
+        return Path(named)
+    if os.access(DATA, os.W_OK):
+        return DATA / "cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepspeed-28-days"
 
 
 def load_corpus(corpus: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> tuple[TokenBlocks, TokenBlocks]:
     """Return (training blocks, held-out blocks) of `corpus`, split by document.
 
-    `corpus` is "all", "moby_dick" or "sotu" (shipped), a text file (one document a paragraph), a folder of data
-    files, or a Hugging Face data set "name" or "name:config" with a `text` column.
+    `corpus` is "all", "moby_dick" or "sotu" (shipped); a file or folder of .txt, .md (documents part at blank lines),
+    .jsonl, .json, .csv, .tsv, .parquet (column `text`), or a data set saved to disk; "FILE:gb18030" names an encoding
+    other than UTF-8; or a Hugging Face data set "name" or "name:config".
     Not collective: the first rank of each machine to get the lock tokenizes, the others read its cache.
     Raises UserError when the corpus cannot be read, or is too small for the blocks and ranks asked for.
     """
     fingerprint, load_splits = _open(corpus)
-    vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-    cache = DATA / "cache" / hashlib.sha256(f"{fingerprint}{vocabulary}{HELD_OUT_SHARE}".encode()).hexdigest()[:16]
+    rules = f"{tokenizer.backend_tokenizer.to_str()}{tokenizer.eos_token_id}"  # not the vocabulary alone
+    cache = cache_folder() / hashlib.sha256(f"{fingerprint}{rules}{HELD_OUT_SHARE}".encode()).hexdigest()[:16]
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    cache.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{cache.parent}: {error.strerror}; name a folder for tokenized text: COURSE_CACHE=..."
+        ) from error
     with FileLock(f"{cache}.lock"):
         if not cache.exists():
             partial = cache.with_suffix(".partial")  # renamed when complete, so an interrupted run leaves no half cache
@@ -123,31 +148,13 @@ def _open(corpus: str):
     """Return (a fingerprint of the corpus, a function that loads {"train": Dataset, "held_out": Dataset})."""
     import datasets  # here, because it takes a second to import and plots or tokenizers do not need it
 
+    if corpus not in SHIPPED:
+        parts = open_documents(corpus, f"shipped ({', '.join(SHIPPED)})")
+        return "".join(split._fingerprint for split in parts.values()), lambda: _split(parts)
     datasets.disable_progress_bars()
-    if corpus in SHIPPED:
-        files = [DATA / name for name in SHIPPED[corpus]]
-        digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-        return digest, lambda: _split(datasets.load_dataset("json", data_files=[str(f) for f in files]))
-    try:
-        if Path(corpus).is_file():
-            loaded = datasets.load_dataset("text", data_files=corpus, sample_by="paragraph")
-        else:
-            if not Path(corpus).is_dir() and os.environ.get("LOCAL_RANK", "0") == "0":
-                print(
-                    f"corpus {corpus!r}: asking the Hugging Face Hub ...", file=sys.stderr
-                )  # offline, this takes a minute
-            loaded = datasets.load_dataset(*corpus.split(":"))
-    except Exception as error:  # the hub's client has no common base class for "not found", "offline", "not a data set"
-        raise UserError(
-            f"corpus {corpus!r} is neither shipped ({', '.join(SHIPPED)}), nor a readable text file or folder,"
-            f" nor a data set that the Hugging Face Hub served ({type(error).__name__})"
-        ) from error
-    if "train" not in loaded:
-        raise UserError(f"corpus {corpus!r} has no `train` split; it has {list(loaded)}")
-    for name, split in loaded.items():
-        if "text" not in split.column_names:
-            raise UserError(f"corpus {corpus!r}, split {name!r} has no `text` column; it has {split.column_names}")
-    return "".join(split._fingerprint for split in loaded.values()), lambda: _split(loaded)
+    files = [DATA / name for name in SHIPPED[corpus]]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    return digest, lambda: _split(datasets.load_dataset("json", data_files=[str(f) for f in files]))
 
 
 def _split(loaded) -> dict:
@@ -155,7 +162,10 @@ def _split(loaded) -> dict:
         return {"train": loaded["train"], "held_out": loaded["validation"]}
     documents = loaded["train"]
     if len(documents) < 2:
-        raise UserError(f"a corpus of {len(documents)} document(s) cannot be split into a training and a held-out part")
+        raise UserError(
+            f"a corpus of {len(documents)} document(s) cannot be split into a training and a held-out part: blank lines"
+            " or line ends part a text into documents, or give it a `validation` file"
+        )
     parts = documents.train_test_split(test_size=max(1, round(HELD_OUT_SHARE * len(documents))), seed=0)
     return {"train": parts["train"], "held_out": parts["test"]}
 

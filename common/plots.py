@@ -3,8 +3,13 @@
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib import font_manager
 
 plt.switch_backend("Agg")  # draw into files; no display needed
+# After the default font, those of Linux, Windows and macOS that have Chinese, Japanese and Korean: for names of files.
+CJK = ["Noto Sans CJK SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "SimHei"]
+there = {font.name for font in font_manager.fontManager.ttflist}
+plt.rcParams["font.family"] = ["DejaVu Sans", *(name for name in CJK if name in there)]
 
 
 def plot_loss(runs: dict[str, list[dict]], path: str | Path, title: str) -> None:

@@ -1,6 +1,7 @@
 """The run log: one line on the terminal and one JSON row in metrics.jsonl for each logged step."""
 
 import json
+import math
 import os
 import re
 import resource
@@ -51,7 +52,10 @@ class RunLog:
         self.run_dir, self.log_every, self.device = Path(run_dir), log_every, device
         self.is_writer = not dist.is_initialized() or dist.get_rank() == 0
         if self.is_writer:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--run_dir {run_dir}: {error.strerror}; name a folder that can be written") from error
             self.rows = open(self.run_dir / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115 - open for the run
         self.bar = tqdm(total=num_steps, unit="step", leave=False, disable=not (self.is_writer and sys.stderr.isatty()))
         self.tokens, self.since = 0, time.perf_counter()
@@ -59,7 +63,8 @@ class RunLog:
     def step(self, step: int, loss: torch.Tensor | float, tokens: int, **more: float) -> None:
         """Count `tokens` of this rank; on step 1 and each `log_every`-th step, log the global values.
 
-        Between two lines `loss` is not read, so that the host does not wait for the device.
+        Between two lines `loss` is not read, so that the host does not wait for the device. A logged loss that is nan
+        or inf ends the run: weights that are nan stay so, and ZeRO-0 in fp32 and bf16 does not look (0.19.8).
         `more` (a learning rate, say) goes into metrics.jsonl alone.
         """
         self.tokens += tokens
@@ -71,6 +76,8 @@ class RunLog:
         memory_gib = over_ranks(peak_memory_gib(self.device), self.device, "max")
         self._line(f"step {step:4d} | loss {mean_loss:.6f} | {tokens_per_s:.0f} tok/s | {memory_gib:.2f} GiB")
         self.record(step=step, loss=mean_loss, tokens_per_s=tokens_per_s, memory_gib=memory_gib, **more)
+        if not math.isfinite(mean_loss):  # the same value on every rank, so all stop
+            raise UserError(f"loss {mean_loss} at step {step}, stopped: a lower lr, bf16, a look at the data (day 11)")
         self.tokens, self.since = 0, time.perf_counter()
 
     def held_out(self, step: int, loss: float) -> None:

@@ -1,19 +1,26 @@
 """The shipped data, the corpus loader, the model presets, the run log, the plots, and the error sentences."""
 
+import gzip
 import hashlib
+import io
 import json
+import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
+import numpy as np
 import pytest
 import torch
+import transformers
 
 import common.data
 from bench.held import bucket_tensors, live_tensor_bytes
-from common import cpu
+from common import cpu, plots
 from common.data import TokenBlocks, endless_batches, held_out_loss, load_corpus, load_tokenizer
 from common.errors import UserError, clear_errors
 from common.model import PRESETS, build_model
@@ -127,6 +134,133 @@ def test_corpus_errors_name_the_value_and_the_cure(tmp_path, tokenizer):
         load_tokenizer("bpe5000")
 
 
+PARAGRAPHS = [f"Paragraph {i}: stones, a café,\nand 道 in a river that is wide." for i in range(40)]
+
+
+def end_tokens(blocks, tokenizer):
+    return int((np.asarray(blocks.tokens) == tokenizer.eos_token_id).sum())
+
+
+def as_rows(kind):
+    """The paragraphs as the bytes of a file of rows."""
+    table = datasets.Dataset.from_dict({"id": list(range(40)), "text": PARAGRAPHS})
+    out = io.BytesIO()
+    {"csv": table.to_csv, "parquet": table.to_parquet}[kind](out)
+    return out.getvalue()
+
+
+WRITTEN = {
+    "lines.txt": "\n".join(paragraph.replace("\n", " ") for paragraph in PARAGRAPHS).encode(),  # no blank line
+    "dos.txt": "\r\n\r\n".join(PARAGRAPHS).encode(),
+    "bom.txt": "\n\n".join(PARAGRAPHS).encode("utf-8-sig"),
+    "windows.txt": "\n\n".join(PARAGRAPHS).encode("utf-16"),
+    "chinese.txt:gb18030": "\n\n".join(PARAGRAPHS).encode("gb18030"),
+    "packed.txt.gz": gzip.compress("\n\n".join(PARAGRAPHS).encode()),
+    "rows.jsonl": "\n\n".join(json.dumps({"text": paragraph}) for paragraph in PARAGRAPHS).encode(),
+    "array.json": json.dumps([{"text": paragraph} for paragraph in PARAGRAPHS]).encode(),
+    "cells.csv": as_rows("csv"),
+    "rows.parquet": as_rows("parquet"),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_file_is_read_by_its_suffix_to_the_same_documents(name, cache, tmp_path, tokenizer):
+    (tmp_path / name.partition(":")[0]).write_bytes(WRITTEN[name])
+    train, held_out = load_corpus(str(tmp_path / name), tokenizer, 8)
+    assert (end_tokens(train, tokenizer), end_tokens(held_out, tokenizer)) == (38, 2)
+    text = tokenizer.decode(np.concatenate([train.tokens, held_out.tokens]).tolist())
+    assert "a café," in text and "道" in text and '"text"' not in text and "text,label" not in text
+
+
+def test_a_folder_is_read_whole_and_says_what_was_left_out(cache, tmp_path, tokenizer, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(20):  # hard-wrapped texts and Markdown, side by side
+        name = f"{number}.{'md' if number % 2 else 'txt'}"
+        (folder / name).write_text("\n\n".join(PARAGRAPHS[2 * number : 2 * number + 2]))
+    (folder / "code.py").write_text("pass")
+    (folder / "test.txt").write_text("kept apart")
+    train, held_out = load_corpus(str(folder), tokenizer, 8)
+    assert end_tokens(train, tokenizer) + end_tokens(held_out, tokenizer) == 40
+    said = capsys.readouterr().out
+    assert "40 documents (train) | left out: 1 .py file(s), 1 test file(s)" in said
+
+
+def test_saved_data_sets_and_nulls(cache, tmp_path, tokenizer, capsys):
+    rows = datasets.Dataset.from_dict({"text": [*PARAGRAPHS, None, "  "]})
+    datasets.DatasetDict({"train": rows, "validation": rows.select(range(4))}).save_to_disk(tmp_path / "both")
+    rows.save_to_disk(tmp_path / "one")
+    train, held_out = load_corpus(str(tmp_path / "both"), tokenizer, 8)
+    assert (end_tokens(train, tokenizer), end_tokens(held_out, tokenizer)) == (40, 4)
+    assert "40 documents (train), 4 documents (validation) | left out: 1 null of train, 1 empty of train" in (
+        capsys.readouterr().out
+    )
+    assert end_tokens(load_corpus(str(tmp_path / "one"), tokenizer, 8)[0], tokenizer) == 38
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ("café au lait".encode("latin-1"), r'byte 0xe9 at offset 3 is no utf-8; cp1252 would do: "bad.txt:cp1252"'),
+        ("河流与石头".encode("gb18030"), r"byte 0xba at offset 0 is no utf-8; gb18030 would do"),
+        (b"", "no text in it"),
+        (b"one line alone", "a corpus of 1 document.*: blank lines or line ends part a text into documents"),
+    ],
+    ids=["latin-1", "gbk", "empty", "one line"],
+)
+def test_text_that_cannot_be_read_gets_one_sentence(data, sentence, cache, tmp_path, tokenizer):
+    (tmp_path / "bad.txt").write_bytes(data)
+    with pytest.raises(UserError, match=sentence):
+        load_corpus(str(tmp_path / "bad.txt"), tokenizer, 8)
+
+
+def test_tokenizers_that_cut_or_end_differently_have_caches_of_their_own(cache, tmp_path, tokenizer):
+    small = "tests/data/small.txt"
+    other = load_tokenizer("bpe4096")
+    other.eos_token = other.convert_ids_to_tokens(17)
+    counts = [end_tokens(load_corpus(small, each, 64)[0], each) for each in (tokenizer, other)]
+    assert counts[1] >= counts[0] > 100
+
+
+def test_a_tokenizer_without_an_end_or_a_fast_backend_gets_one_sentence(tmp_path, tokenizer):
+    other = load_tokenizer("bpe4096")
+    other.eos_token = None
+    other.save_pretrained(tmp_path / "endless")
+    with pytest.raises(UserError, match="has no end token: set eos_token in its tokenizer_config.json"):
+        load_tokenizer(str(tmp_path / "endless"))
+    with pytest.raises(UserError, match="ByT5Tokenizer. is Python only: take one with tokenizer.json"):
+        common.data.checked(transformers.ByT5Tokenizer(), "byt5")
+
+
+def test_a_course_that_cannot_be_written_has_its_cache_elsewhere(cache, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as on a read-only file system
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+    load_corpus("tests/data/small.txt", tokenizer, 64)
+    assert not cache.exists() and list((tmp_path / "mine/deepspeed-28-days").glob("*/train.bin"))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "file/cache"))
+    with pytest.raises(UserError, match=r"Not a directory; name a folder for tokenized text: COURSE_CACHE="):
+        load_corpus("tests/data/small.txt", tokenizer, 64)
+    with pytest.raises(UserError, match=r"--run_dir .*: Not a directory; name a folder that can be written"):
+        RunLog(str(tmp_path / "file/run"), 1, 1, torch.device("cpu"))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    log = RunLog(str(tmp_path), 3, 1, torch.device("cpu"))
+    log.step(1, 2.0, tokens=1)
+    with pytest.raises(UserError, match="loss nan at step 2, stopped"):
+        log.step(2, float("nan"), tokens=1)
+    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2], "the row that says why is kept"
+
+
+def test_a_title_in_chinese_is_drawn(tmp_path):
+    if not any(name in plots.CJK for name in plots.plt.rcParams["font.family"]):
+        pytest.skip("no font with Chinese on this machine: sudo apt-get install fonts-wqy-zenhei")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of a missing glyph
+        plots.plot_bars({"损失": 1.0}, tmp_path / "plot.png", "语料.txt", "秒")
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_every_rank_count_deals_out_each_block_once(ranks):
     from torch.utils.data import DataLoader, DistributedSampler
@@ -207,7 +341,7 @@ def test_run_log_refuses_numbers_that_cannot_be_logged(tmp_path, num_steps, log_
 def test_results_name_hardware_versions_command_and_date(tmp_path):
     write_results(tmp_path / "r.json", "python x.py", rows=[1])
     result = json.loads((tmp_path / "r.json").read_text())
-    assert set(result) == {"command", "hardware", "versions", "date", "rows"}
+    assert set(result) == {"command", "hardware", "versions", "date", "omp_num_threads", "rows"}
     assert set(result["versions"]) >= {"python", "deepspeed", "torch", "transformers"}
 
 

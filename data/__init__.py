@@ -1,0 +1,1 @@
+"""The shipped corpora and tokenizers, and the reader of other texts."""
