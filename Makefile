@@ -48,7 +48,7 @@ OTHER     := day01 day03 day22 day23 day28
 
 .DEFAULT_GOAL := help
 FORCE:  # the folders day01 ... exist, and must not count as made
-.PHONY: help venv train test test-long test-fast lint results render
+.PHONY: help venv train test test-long test-fast test-gpu lint results render
 
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -127,6 +127,12 @@ test-long: $(MODEL) $(SERVE)  ## the reliability tests: runs killed, files damag
 
 test-fast: $(MODEL) $(SERVE)  ## the tests that launch nothing (seconds)
 	$(BIN)/python -m pytest -m "not launch and not gpu and not long" $(ARGS)
+
+# Where the machine has cores to spare, several days at a time share its accelerators.
+JOBS ?= $(if $(DEVICES),4,1)
+test-gpu: $(STAMP)  ## the tests marked gpu, then every program of every day on all accelerators (minutes)
+	$(THREADS) $(BIN)/python -m pytest -m gpu $(ARGS)
+	$(THREADS) $(BIN)/python -m tests.gpu --jobs $(JOBS) --out tests/results/gpu_$(LABEL).json
 
 lint: $(STAMP)  ## ruff check and ruff format --check
 	$(BIN)/ruff check .
