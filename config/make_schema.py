@@ -198,32 +198,47 @@ def autoep_schema():
 
 
 NULLABLE = {"type": ["object", "null"]}
+POSITIVE = {"minimum": 1}
+DTYPES = ["fp32", "float32", "torch.float32", "float", "fp16", "float16", "torch.float16", "half", "bf16",
+          "bfloat16", "torch.bfloat16"]  # fmt: skip  # runtime/config.py DtypeEnum
 
 
 def plain_sections():
     """Keys that DeepSpeed reads with dict.get (runtime/config.py and the files imported from there)."""
+    return {
+        **batch_keys(),
+        **step_keys(),
+        **training_sections(),
+        **model_sections(),
+        **tool_sections(),
+        **storage_sections(),
+        **data_sections(),
+        "expert_parallel": autoep_schema(),
+    }
+
+
+def batch_keys():
+    """The batch, and when a step is taken."""
     batch = "train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x data-parallel ranks. "
-    positive = {"minimum": 1}
-    comm_dtype = any_case("fp32", "fp16", "bf16", null=True)
-    dtypes = ["fp32", "float32", "torch.float32", "float", "fp16", "float16", "torch.float16", "half", "bf16",
-              "bfloat16", "torch.bfloat16"]  # fmt: skip  # runtime/config.py DtypeEnum
-    schedule = section(
-        {k: {} for k in ("min_value", "max_value", "schedule_type", "schedule_config", "current_value")},
-        description="Sequence length schedule of random-LTD.",
-        additionalProperties=True,
-    )
     return {
         "$schema": key("string", description="Where this schema is, for editors. DeepSpeed ignores it at top level."),
-        "train_batch_size": key(["integer", "null"], None, batch + "Give two of the three.", **positive),
-        "train_micro_batch_size_per_gpu": key(["integer", "null"], None, batch + "Give two of the three.", **positive),
+        "train_batch_size": key(["integer", "null"], None, batch + "Give two of the three.", **POSITIVE),
+        "train_micro_batch_size_per_gpu": key(["integer", "null"], None, batch + "Give two of the three.", **POSITIVE),
         "gradient_accumulation_steps": key(
-            ["integer", "null"], None, batch + "1 when it cannot be derived.", **positive
+            ["integer", "null"], None, batch + "1 when it cannot be derived.", **POSITIVE
         ),
         "managed_gradient_accumulation": key(
             "boolean",
             base.MANAGED_GRADIENT_ACCUMULATION_DEFAULT,
             "false: every engine.step() updates the weights, and you decide when to call it.",
         ),
+    }
+
+
+def step_keys():
+    """Communication, clipping, printing, parallel sizes: single values at the top level."""
+    comm_dtype = any_case("fp32", "fp16", "bf16", null=True)
+    return {
         "steps_per_print": key(["integer", "null"], None, "Print progress every N optimizer steps."),
         "dump_state": key("boolean", base.DUMP_STATE_DEFAULT, "Print the engine's state after initialization."),
         "disable_python_gc": key("boolean", base.DISABLE_PYTHON_GC_DEFAULT, "No automatic cyclic garbage collection."),
@@ -250,16 +265,35 @@ def plain_sections():
         "log_level": any_case(*log_levels, null=True),
         "vocabulary_size": key(["integer", "null"], None, "Only warns when it is no multiple of 8."),
         "use_data_before_expert_parallelism": key("boolean", base.USE_DATA_BEFORE_EXPERT_PARALLEL_DEFAULT),
-        "sequence_parallel_size": key("integer", None, "Ulysses: ranks that share one sequence.", **positive),
-        "data_parallel_size": key("integer", None, "With sequence_parallel_size: the device mesh.", **positive),
+        "sequence_parallel_size": key("integer", None, "Ulysses: ranks that share one sequence.", **POSITIVE),
+        "data_parallel_size": key("integer", None, "With sequence_parallel_size: the device mesh.", **POSITIVE),
         "allgather_size": key("number", None, "Only read with the deprecated `zero_optimization: true`."),
+    }
+
+
+def training_sections():
+    """What a step computes with: precision, optimizer, schedule."""
+    return {
         "torch_autocast": section(
             {
                 "enabled": key("boolean", base.TORCH_AUTOCAST_ENABLED_DEFAULT),
-                "dtype": key("string", None, "Set it: without, torch.autocast's own default applies.", enum=dtypes),
+                "dtype": key("string", None, "Set it: without, torch.autocast's own default applies.", enum=DTYPES),
                 "lower_precision_safe_modules": key("array", None, "Full names: torch.nn.Linear", items=key("string")),
             },
             description="torch.autocast with fp32 master weights (runtime/torch_autocast.py).",
+        ),
+        "data_types": section(
+            {
+                "grad_accum_dtype": {"type": ["string", "null"], "enum": [*DTYPES, None]},
+                "param_dtype": {"type": ["string", "null"], "enum": [*DTYPES, None]},
+                "buffer_dtype": {"type": ["string", "null"], "enum": [*DTYPES, None]},
+                "keep_in_fp32_modules": {
+                    "type": ["array", "string"],
+                    "items": key("string"),
+                    "default": "auto",
+                    "x-only-string": "auto",
+                },  # fmt: skip
+            }
         ),
         "optimizer": section(
             {
@@ -276,6 +310,12 @@ def plain_sections():
             },
             description="Stepped by engine.step(). It overrides optimizer.params.lr.",
         ),
+    }
+
+
+def model_sections():
+    """What some models ask for: recomputation, pipeline."""
+    return {
         "activation_checkpointing": section(
             {
                 "partition_activations": key("boolean", False),
@@ -287,6 +327,24 @@ def plain_sections():
             },
             description="Read by deepspeed.checkpointing.configure() alone; does nothing without that call.",
         ),
+        "pipeline": section(
+            {
+                "stages": key(["string", "integer"], "auto", "Unused: PipelineModule(num_stages=...) decides."),
+                "partition": key("string", "best", "Unused: PipelineModule(partition_method=...) decides."),
+                "seed_layers": key("boolean", False, "Unused: PipelineModule(seed_layers=...) decides."),
+                "activation_checkpoint_interval": key("integer", 0, minimum=0),
+                "pipe_partitioned": key("boolean", True),
+                "grad_partitioned": key("boolean", True),
+                "use_reentrant": key("boolean", True),
+            },
+            description="Only read when the model is a PipelineModule (runtime/pipe/engine.py).",
+        ),
+    }
+
+
+def tool_sections():
+    """Profiling and autotuning."""
+    return {
         "flops_profiler": section(
             {
                 "enabled": key("boolean", profiling.FLOPS_PROFILER_ENABLED_DEFAULT),
@@ -325,18 +383,13 @@ def plain_sections():
                 "num_tuning_micro_batch_sizes": key("integer", 3),
             }
         ),
-        "pipeline": section(
-            {
-                "stages": key(["string", "integer"], "auto", "Unused: PipelineModule(num_stages=...) decides."),
-                "partition": key("string", "best", "Unused: PipelineModule(partition_method=...) decides."),
-                "seed_layers": key("boolean", False, "Unused: PipelineModule(seed_layers=...) decides."),
-                "activation_checkpoint_interval": key("integer", 0, minimum=0),
-                "pipe_partitioned": key("boolean", True),
-                "grad_partitioned": key("boolean", True),
-                "use_reentrant": key("boolean", True),
-            },
-            description="Only read when the model is a PipelineModule (runtime/pipe/engine.py).",
-        ),
+        "timers": section({"throughput": model_schema(DeepSpeedThroughputTimerConfig)}),
+    }
+
+
+def storage_sections():
+    """Checkpoints and asynchronous I/O."""
+    return {
         "checkpoint": section(
             {
                 "tag_validation": any_case("warn", "ignore", "fail", default=ckpt.CHECKPOINT_TAG_VALIDATION_DEFAULT),
@@ -358,19 +411,7 @@ def plain_sections():
                 ),
             }
         ),
-        "data_types": section(
-            {
-                "grad_accum_dtype": {"type": ["string", "null"], "enum": [*dtypes, None]},
-                "param_dtype": {"type": ["string", "null"], "enum": [*dtypes, None]},
-                "buffer_dtype": {"type": ["string", "null"], "enum": [*dtypes, None]},
-                "keep_in_fp32_modules": {
-                    "type": ["array", "string"],
-                    "items": key("string"),
-                    "default": "auto",
-                    "x-only-string": "auto",
-                },  # fmt: skip
-            }
-        ),
+        "datastates_ckpt": key("object", description="DataStates-LLM checkpoints; needs that package."),
         "aio": section(
             {
                 "block_size": key("integer", aio.AIO_BLOCK_SIZE_DEFAULT, minimum=1),
@@ -383,64 +424,80 @@ def plain_sections():
             description="Asynchronous I/O for NVMe offload.",
             **NULLABLE,
         ),
+    }
+
+
+def data_sections():
+    """Curriculum learning, dynamic batching, random-LTD."""
+    return {
         "data_efficiency": section(
             {
                 "enabled": key("boolean", data.DATA_EFFICIENCY_ENABLED_DEFAULT),
                 "seed": key("integer", data.DATA_EFFICIENCY_SEED_DEFAULT),
-                "data_sampling": section(
-                    {
-                        "enabled": key("boolean", data.DATA_SAMPLING_ENABLED_DEFAULT),
-                        "num_epochs": key("integer", data.DATA_SAMPLING_NUM_EPOCHS_DEFAULT),
-                        "num_workers": key("integer", data.DATA_SAMPLING_NUM_WORKERS_DEFAULT),
-                        "pin_memory": key("boolean", data.DATA_SAMPLING_PIN_MEMORY_DEFAULT),
-                        "curriculum_learning": section(
-                            {
-                                "enabled": key("boolean", data.CURRICULUM_LEARNING_ENABLED_DEFAULT),
-                                "data_cluster_path": key("string"),
-                                "curriculum_metrics": key("object"),
-                            },
-                            additionalProperties=True,
-                        ),
-                        "dynamic_batching": section(
-                            {
-                                "enabled": key("boolean", data.DYNAMIC_BATCHING_ENABLED_DEFAULT),
-                                "metrics_path": key("string"),
-                                "lr_scaling_method": key("string", data.DYNAMIC_BATCHING_LR_SCALING_METHOD_DEFAULT),
-                                "min_batch_size": key("integer", data.DYNAMIC_BATCHING_MIN_BATCH_SIZE_DEFAULT),
-                                "max_batch_size": key("integer"),
-                                "sequence_picking_order": key("string", "dataloader"),
-                                "max_tokens": key("integer"),
-                                "verbose": key("boolean", False),
-                            }
-                        ),
-                    }
-                ),
-                "data_routing": section(
-                    {
-                        "enabled": key("boolean", data.DATA_ROUTING_ENABLED_DEFAULT),
-                        "random_ltd": section(
-                            {
-                                "enabled": key("boolean", data.RANDOM_LTD_ENABLED_DEFAULT),
-                                "total_layer_num": key("integer"),
-                                "random_ltd_layer_num": key("integer"),
-                                "random_ltd_layer_id": key("array", items=key("integer")),
-                                "model_mask_name": key(["string", "null"]),
-                                "model_type": key("string"),
-                                "micro_batch_size": key("integer"),
-                                "global_batch_size": key("integer"),
-                                "hidden_state_order": key("string"),
-                                "random_ltd_schedule": schedule,
-                                "layer_token_lr_schedule": key("object"),
-                            }
-                        ),
-                    }
-                ),
+                "data_sampling": data_sampling(),
+                "data_routing": data_routing(),
             }
         ),
-        "timers": section({"throughput": model_schema(DeepSpeedThroughputTimerConfig)}),
-        "expert_parallel": autoep_schema(),
-        "datastates_ckpt": key("object", description="DataStates-LLM checkpoints; needs that package."),
     }
+
+
+def data_sampling():
+    return section(
+        {
+            "enabled": key("boolean", data.DATA_SAMPLING_ENABLED_DEFAULT),
+            "num_epochs": key("integer", data.DATA_SAMPLING_NUM_EPOCHS_DEFAULT),
+            "num_workers": key("integer", data.DATA_SAMPLING_NUM_WORKERS_DEFAULT),
+            "pin_memory": key("boolean", data.DATA_SAMPLING_PIN_MEMORY_DEFAULT),
+            "curriculum_learning": section(
+                {
+                    "enabled": key("boolean", data.CURRICULUM_LEARNING_ENABLED_DEFAULT),
+                    "data_cluster_path": key("string"),
+                    "curriculum_metrics": key("object"),
+                },
+                additionalProperties=True,
+            ),
+            "dynamic_batching": section(
+                {
+                    "enabled": key("boolean", data.DYNAMIC_BATCHING_ENABLED_DEFAULT),
+                    "metrics_path": key("string"),
+                    "lr_scaling_method": key("string", data.DYNAMIC_BATCHING_LR_SCALING_METHOD_DEFAULT),
+                    "min_batch_size": key("integer", data.DYNAMIC_BATCHING_MIN_BATCH_SIZE_DEFAULT),
+                    "max_batch_size": key("integer"),
+                    "sequence_picking_order": key("string", "dataloader"),
+                    "max_tokens": key("integer"),
+                    "verbose": key("boolean", False),
+                }
+            ),
+        }
+    )
+
+
+def data_routing():
+    schedule = section(
+        {k: {} for k in ("min_value", "max_value", "schedule_type", "schedule_config", "current_value")},
+        description="Sequence length schedule of random-LTD.",
+        additionalProperties=True,
+    )
+    return section(
+        {
+            "enabled": key("boolean", data.DATA_ROUTING_ENABLED_DEFAULT),
+            "random_ltd": section(
+                {
+                    "enabled": key("boolean", data.RANDOM_LTD_ENABLED_DEFAULT),
+                    "total_layer_num": key("integer"),
+                    "random_ltd_layer_num": key("integer"),
+                    "random_ltd_layer_id": key("array", items=key("integer")),
+                    "model_mask_name": key(["string", "null"]),
+                    "model_type": key("string"),
+                    "micro_batch_size": key("integer"),
+                    "global_batch_size": key("integer"),
+                    "hidden_state_order": key("string"),
+                    "random_ltd_schedule": schedule,
+                    "layer_token_lr_schedule": key("object"),
+                }
+            ),
+        }
+    )
 
 
 # --- optimizers and schedulers --------------------------------------------------------------------------------------
@@ -541,19 +598,8 @@ def scheduler_params():
 # --- the whole ------------------------------------------------------------------------------------------------------
 
 
-def build():
-    props = plain_sections()
-    models = {
-        "zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config,
-        "tensorboard": TensorBoardConfig, "wandb": WandbConfig, "csv_monitor": CSVConfig, "comet": CometConfig,
-        "comms_logger": CommsLoggerConfig, "compile": CompileConfig, "hybrid_engine": ds.HybridEngineConfig,
-        "tensor_parallel": TPTrainingConfig, "weight_quantization": WeightQuantConfig}  # fmt: skip
-    for name, model in models.items():
-        props[name] = model_schema(model)
-    props["bf16"].update(NULLABLE)  # get_bfloat16_config falls back to "bfloat16" on null
-    props["bfloat16"] = {**props["bf16"], "description": "Old name of bf16; not read when bf16 is there."}
-
-    # What the annotations do not say; each line was tried on DeepSpeed
+def add_what_was_tried(props):
+    """What the annotations do not say; each line was tried on DeepSpeed."""
     zero, fp16, tp = (props[n]["properties"] for n in ("zero_optimization", "fp16", "tensor_parallel"))
     fp16["loss_scale"]["minimum"] = 0
     zero["leaf_module"].update(NULLABLE)
@@ -576,6 +622,20 @@ def build():
     }
     props["comet"]["properties"]["mode"]["enum"] = ["get", "create", "get_or_create", None]
 
+
+def build():
+    props = plain_sections()
+    models = {
+        "zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config,
+        "tensorboard": TensorBoardConfig, "wandb": WandbConfig, "csv_monitor": CSVConfig, "comet": CometConfig,
+        "comms_logger": CommsLoggerConfig, "compile": CompileConfig, "hybrid_engine": ds.HybridEngineConfig,
+        "tensor_parallel": TPTrainingConfig, "weight_quantization": WeightQuantConfig}  # fmt: skip
+    for name, model in models.items():
+        props[name] = model_schema(model)
+    props["bf16"].update(NULLABLE)  # get_bfloat16_config falls back to "bfloat16" on null
+    props["bfloat16"] = {**props["bf16"], "description": "Old name of bf16; not read when bf16 is there."}
+
+    add_what_was_tried(props)
     for path in HF_FILLS:
         *parents, name = path.split(".")
         node = props

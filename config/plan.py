@@ -19,6 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from common.errors import UserError
+from config.read import read_config
+
 GIB = 2**30
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -28,7 +33,7 @@ MANY_GPUS = [
     "zero1_bf16", "zero2_bf16", "zero3_bf16_throughput", "zero3_bf16", "zero3_bf16_capacity",
     "zero2_bf16_offload_cpu", "zero3_bf16_offload_cpu", "zero3_bf16_offload_nvme",
 ]  # fmt: skip
-FP16 = json.loads((HERE / "zero2_fp16.json").read_text())["fp16"]
+FP16 = read_config(HERE / "zero2_fp16.json")["fp16"]
 
 # Shapes to assume when only --params is known: GPT-3's (Brown et al. 2020, table 2.1) and OPT's 30B and 66B.
 SHAPES = [
@@ -48,10 +53,6 @@ GPT2 = {
 # never store. The `transformers` layers store more, measured with saved_tensors_hooks (tests/test_config_plan.py):
 # GPT-2's gelu_new keeps five tensors of width 4h instead of one; Llama's norms work in fp32, its MLP has 3 matrices.
 ACTIVATION_BYTES = {"paper": 34, "gpt2": 56, "llama": 46}
-
-
-class UserError(ValueError):
-    """Bad input; the message names the value and what to do."""
 
 
 @dataclass(frozen=True)
@@ -177,17 +178,8 @@ def model_state_bytes(
     p = DTYPE_BYTES[precision]
     g = DTYPE_BYTES[grad_accum_dtype or precision]
     share = num_params / num_ranks
-    host = disk = 0.0
     if stage == 0:
-        parameters, gradients, optimizer = (
-            p * num_params,
-            p * num_params,
-            (8 if precision == "fp32" else 12) * num_params,
-        )
-        return {
-            "parameters": parameters, "gradients": gradients, "optimizer": optimizer,
-            "total": parameters + gradients + optimizer, "host": host, "disk": disk,
-        }  # fmt: skip
+        return _states(p * num_params, p * num_params, (8 if precision == "fp32" else 12) * num_params)
 
     parameters, optimizer = p * num_params, 12 * share
     if stage == 1:
@@ -198,6 +190,7 @@ def model_state_bytes(
         gradients = g * share
         parameters = p * (share + persistent)
 
+    host = disk = 0.0
     if offload_optimizer:
         # On the host: 12Ψ/N, fp32 gradients 4Ψ/N for its step; at stages 1 and 2 a 16-bit copy of the updated part, at
         # stage 2 the gradients accumulated so far (stage 1 leaves them on the GPU); stage 3 moves its buffer there.
@@ -214,6 +207,12 @@ def model_state_bytes(
         else:
             host += p * share
         parameters = p * persistent
+    return _states(parameters, gradients, optimizer, host, disk)
+
+
+def _states(
+    parameters: float, gradients: float, optimizer: float, host: float = 0.0, disk: float = 0.0
+) -> dict[str, float]:
     return {
         "parameters": parameters, "gradients": gradients, "optimizer": optimizer,
         "total": parameters + gradients + optimizer, "host": host, "disk": disk,
@@ -343,7 +342,7 @@ def predict(
 
 def load_template(name: str, precision: str, micro_batch: int) -> dict:
     """The template with the precision and micro-batch of this plan."""
-    config = json.loads((HERE / f"{name}.json").read_text())
+    config = read_config(HERE / f"{name}.json")
     config["train_micro_batch_size_per_gpu"] = micro_batch
     if precision != "bf16":
         config.pop("bf16", None)
