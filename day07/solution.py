@@ -30,9 +30,8 @@ def set_weight(weight: torch.nn.Parameter, values: torch.Tensor) -> None:
 def whole_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     state = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        with deepspeed.zero.GatheredParameters(
-            [tensor]
-        ):  # on every rank, as gathering is collective; does nothing for a buffer
+        # on every rank, as gathering is collective; it does nothing for a buffer
+        with deepspeed.zero.GatheredParameters([tensor]):
             if dist.get_rank() == 0:
                 state[name] = tensor.detach().cpu().clone()
     return state

@@ -10,21 +10,20 @@ The answers are in solution.py. Source: day10/notes.md.
 
 import argparse
 import copy
-import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ is one level up
 
-from common.cpu import start_without_compiler
-from common.errors import UserError, clear_errors
-from common.ranks import print0, require_launcher
+from bench.judge import start_judging
+from bench.world import join_world
+from common.errors import clear_errors
+from common.ranks import print0
 
 A, MICRO_BATCH, STEPS = 4, 2, 3  # micro-batches a step, sequences in one of them, optimizer steps
 
@@ -62,12 +61,63 @@ class Engine:
         raise NotImplementedError
 
 
-def agree(problem: str | bool | None) -> None:
-    """Stop every rank with the first rank's problem. Collective: a rank that stops alone leaves the others waiting."""
-    problems = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if wrong := [f"rank {rank} {sentence}" for rank, sentence in enumerate(problems) if sentence]:
-        raise UserError(f"not yet: {wrong[0]}")
+class Rivals:
+    """Your engine with its model, and a copy of it that trains on large batches."""
+
+    def __init__(self, engine_class: type, model: torch.nn.Module, agree: Callable) -> None:
+        self.small, self.large, self.agree = model, copy.deepcopy(model), agree
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (self.small, self.large)]
+        self.engine, self.optimizer = engine_class(self.small, optimizers[0], A), optimizers[1]
+
+    def compare(self, before: torch.Tensor, micro_batches: torch.Tensor, hint: str) -> None:
+        """One step of the large batch, then both have to have the same weights; `before`: those of the small one."""
+        self.large(micro_batches.flatten(0, 2)).square().mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        ratio = ((self.small.weight - before).norm() / (self.large.weight - before).norm()).item()
+        wrong = not torch.allclose(self.small.weight, self.large.weight, atol=1e-6)
+        self.agree(wrong and f"changed its weights {ratio:.2f} times as much as the large batch does: {hint}.")
+
+
+def check_steps(rivals: Rivals, data: torch.Tensor) -> None:
+    """`data`: (micro-batches, ranks, sequences, numbers); whole steps."""
+    engine, model, agree = rivals.engine, rivals.small, rivals.agree
+    rank, world, sent, all_reduce = dist.get_rank(), dist.get_world_size(), [], dist.all_reduce
+    total = sum(parameter.numel() for parameter in model.parameters())
+
+    def counting_all_reduce(tensor: torch.Tensor, *args, **kwargs) -> object:
+        sent.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    with patch.object(dist, "all_reduce", counting_all_reduce):
+        for number, micro_batch in enumerate(data[:, rank], start=1):
+            before, last = model.weight.detach().clone(), number % A == 0
+            agree(engine.is_boundary() != last and f"is wrong about micro-batch {number}: {A} make a step.")
+            sent.clear()
+            engine.backward(model(micro_batch).square().mean())
+            talks = total if last else 0
+            agree(sum(sent) != talks and f"averaged {sum(sent)} elements, not {talks}, in micro-batch {number}.")
+            engine.step()
+            moved = bool((model.weight != before).any())
+            agree(moved != last and f"has {'new' if moved else 'old'} weights after micro-batch {number}.")
+            if last:
+                hint = f"divide the loss by {A} and the sum over the ranks by {world}, and clear the gradients"
+                rivals.compare(before, data[number - A : number], hint)
+
+
+def check_finish(rivals: Rivals, data: torch.Tensor) -> None:
+    """`data`: what is left over, fewer micro-batches than a step has."""
+    engine, model, agree = rivals.engine, rivals.small, rivals.agree
+    before = model.weight.detach().clone()
+    for micro_batch in data[:, dist.get_rank()]:
+        engine.backward(model(micro_batch).square().mean())
+        engine.step()
+    engine.finish()
+    rivals.compare(before, data, f"in finish() {len(data)} micro-batches are in, each divided by {A}")
+    agree(engine.micro_steps % A and "is inside a step after finish(): count on to the next boundary.")
+    before = model.weight.detach().clone()
+    engine.finish()
+    agree(bool((model.weight != before).any()) and "updated again in a finish() without micro-batches.")
 
 
 def check(engine_class: type) -> None:
@@ -75,57 +125,15 @@ def check(engine_class: type) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     parser.parse_args()
-    require_launcher()
-    start_without_compiler()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed()
-    rank, world, device = dist.get_rank(), dist.get_world_size(), get_accelerator().current_device_name()
+    device = join_world()
+    agree = start_judging()  # UserError on every rank when one has a problem; it ends a check that hangs
+    world = dist.get_world_size()
     torch.manual_seed(0)
-    model, data = torch.nn.Linear(5, 3), torch.randn(STEPS * A + 2, world, MICRO_BATCH, 5)  # 2 are left at the end
-    large, model, data = copy.deepcopy(model).to(device), model.to(device), data.to(device)
-    optimizer, want = (torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, large))
-    engine, sent, all_reduce = engine_class(model, optimizer, A), [], dist.all_reduce
-
-    def counting_all_reduce(tensor: torch.Tensor, *args, **kwargs) -> object:
-        sent.append(tensor.numel())
-        return all_reduce(tensor, *args, **kwargs)
-
-    total = sum(parameter.numel() for parameter in model.parameters())
-
-    def compare(before: torch.Tensor, micro_batches: torch.Tensor, hint: str) -> None:
-        large(micro_batches.flatten(0, 2)).square().mean().backward()
-        want.step()
-        want.zero_grad()
-        ratio = ((model.weight - before).norm() / (large.weight - before).norm()).item()
-        wrong = not torch.allclose(model.weight, large.weight, atol=1e-6)
-        agree(wrong and f"changed its weights {ratio:.2f} times as much as the large batch does: {hint}.")
-
-    try:
-        with patch.object(dist, "all_reduce", counting_all_reduce):
-            for number, micro_batch in enumerate(data[:-2, rank], start=1):
-                before, last, talks = model.weight.detach().clone(), number % A == 0, number % A == 0 and total
-                agree(engine.is_boundary() != last and f"is wrong about micro-batch {number}: {A} make a step.")
-                sent.clear()
-                engine.backward(model(micro_batch).square().mean())
-                agree(sum(sent) != talks and f"averaged {sum(sent)} elements, not {talks:d}, in micro-batch {number}.")
-                engine.step()
-                moved = bool((model.weight != before).any())
-                agree(moved != last and f"has {'new' if moved else 'old'} weights after micro-batch {number}.")
-                if last:
-                    hint = f"divide the loss by {A} and the sum over the ranks by {world}, and clear the gradients"
-                    compare(before, data[number - A : number], hint)
-            before = model.weight.detach().clone()
-            for micro_batch in data[-2:, rank]:
-                engine.backward(model(micro_batch).square().mean())
-                engine.step()
-            engine.finish()
-            compare(before, data[-2:], f"in finish() 2 micro-batches are in, each divided by {A}")
-            agree(engine.micro_steps % A and "is inside a step after finish(): count on to the next boundary.")
-            before = model.weight.detach().clone()
-            engine.finish()
-            agree(bool((model.weight != before).any()) and "updated again in a finish() without micro-batches.")
-    except NotImplementedError:
-        raise UserError("not yet: a TODO still raises NotImplementedError. Fill it in and run this again.") from None
+    model = torch.nn.Linear(5, 3)
+    data = torch.randn(STEPS * A + 2, world, MICRO_BATCH, 5).to(device)  # 2 micro-batches are left at the end
+    rivals = Rivals(engine_class, model.to(device), agree)
+    check_steps(rivals, data[:-2])
+    check_finish(rivals, data[-2:])
     print0(f"solved: {STEPS} steps of {A} micro-batches, and one of 2, as with large batches on {world} ranks")
     dist.destroy_process_group()
 

@@ -10,21 +10,19 @@ The answers are in solution.py. Source: day11/notes.md.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ is one level up
 
-from common.cpu import start_without_compiler
-from common.errors import UserError, clear_errors
-from common.ranks import print0, require_launcher
+from bench.judge import start_judging
+from bench.world import join_world
+from common.errors import clear_errors
+from common.ranks import print0
 
 WINDOW, HYSTERESIS, MIN_SCALE, LR = 3, 2, 64.0, 0.01
 # A letter a step: "." gradients are fine, "o" one rank has an inf, "n" one rank has a nan.
@@ -55,54 +53,42 @@ class Fp16Optimizer:
         raise NotImplementedError
 
 
-def agree(problem: str | bool | None) -> None:
-    """Stop every rank with the first rank's problem. Collective: a rank that stops alone leaves the others waiting."""
-    problems = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if wrong := [f"rank {rank} {sentence}" for rank, sentence in enumerate(problems) if sentence]:
-        raise UserError(f"not yet: {wrong[0]}")
-
-
 def check(fp16_optimizer: type) -> None:
     """Play STEPS; UserError says at which step what differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     parser.parse_args()
-    require_launcher()
-    start_without_compiler()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed()
-    rank, world, device = dist.get_rank(), dist.get_world_size(), get_accelerator().current_device_name()
+    device = join_world()
+    agree = start_judging()  # UserError on every rank when one has a problem; it ends a check that hangs
+    rank, world = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(257, generator=generator).half().to(device)
     want, updates = weights.float(), 0
     reference = torch.optim.AdamW([want], lr=LR)
     scaler = DynamicLossScaler(512.0, WINDOW, MIN_SCALE, HYSTERESIS, False, raise_error_at_min_scale=False)
-    try:
-        mine = fp16_optimizer(weights, scale=512.0)
-        held = mine.adamw.param_groups[0]["params"][0]
-        agree(held.dtype != torch.float32 and f"gave AdamW {held.dtype}: small updates need the fp32 master weights.")
-        for step, event in enumerate(STEPS, start=1):
-            gradients = torch.randn(world, 257, generator=generator).to(device) * 1e-3
-            before, scale, overflow = weights.clone(), scaler.cur_scale, event != "."
-            local = (gradients[rank] * scale).half()
-            if overflow and rank == step % world:
-                local[step] = float("inf" if event == "o" else "nan")
-            updated = mine.step(local)
-            scaler.update_scale(overflow)
-            changed, at = not torch.equal(before, weights), f"at step {step}"
-            agree(overflow and (changed or updated) and f"{at} made an update, but a gradient is broken: skip on all.")
-            agree(mine.scale != scaler.cur_scale and f"{at} has loss scale {mine.scale}, DeepSpeed {scaler.cur_scale}.")
-            if not overflow:
-                agree(not changed and f"{at} left the weights alone: copy_ the masters to them after adamw.step().")
-                agree(not updated and f"{at} returned {updated}: return True after an update.")
-                want.grad, updates = gradients.mul(scale).half().float().mean(dim=0) / scale, updates + 1
-                reference.step()
-            far = (held.detach() - want).abs().max().item()
-            hint = "average over the ranks, divide by the scale of before update_scale, all in fp32"
-            agree(far > 1e-5 and f"{at} is {far:.1e} off AdamW in fp32: {hint}.")
-    except NotImplementedError:
-        raise UserError("not yet: a TODO still raises NotImplementedError. Fill it in and run this again.") from None
+    mine = fp16_optimizer(weights, scale=512.0)
+    agree(not hasattr(mine, "adamw") and "has no self.adamw: a torch.optim.AdamW over the fp32 masters, see TODO 1.")
+    held = mine.adamw.param_groups[0]["params"][0]
+    agree(held.dtype != torch.float32 and f"gave AdamW {held.dtype}: small updates need the fp32 master weights.")
+    for step, event in enumerate(STEPS, start=1):
+        gradients = torch.randn(world, 257, generator=generator).to(device) * 1e-3
+        before, scale, overflow = weights.clone(), scaler.cur_scale, event != "."
+        local = (gradients[rank] * scale).half()
+        if overflow and rank == step % world:
+            local[step] = float("inf" if event == "o" else "nan")
+        updated = mine.step(local)
+        scaler.update_scale(overflow)
+        changed, at = not torch.equal(before, weights), f"at step {step}"
+        agree(overflow and (changed or updated) and f"{at} made an update, but a gradient is broken: skip on all.")
+        agree(mine.scale != scaler.cur_scale and f"{at} has loss scale {mine.scale}, DeepSpeed {scaler.cur_scale}.")
+        if not overflow:
+            agree(not changed and f"{at} left the weights alone: copy_ the masters to them after adamw.step().")
+            agree(not updated and f"{at} returned {updated}: return True after an update.")
+            want.grad, updates = gradients.mul(scale).half().float().mean(dim=0) / scale, updates + 1
+            reference.step()
+        far = (held.detach() - want).abs().max().item()
+        hint = "average over the ranks, divide by the scale of before update_scale, all in fp32"
+        agree(far > 1e-5 and f"{at} is {far:.1e} off AdamW in fp32: {hint}.")
     skipped = len(STEPS) - updates
     print0(f"solved: {updates} updates, {skipped} skipped steps on {world} ranks, loss scale {mine.scale} at the end")
     dist.destroy_process_group()

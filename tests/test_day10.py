@@ -6,17 +6,20 @@ import re
 
 import pytest
 
-from tests.launch import error_line, run_day, run_ranks
+from tests.launch import SMALL_CORPUS, error_line, run_day, run_ranks
 from tests.render import ROOT
 
 A = 4  # micro-batches a step in timeline.py
+SMALL = ["--corpus", SMALL_CORPUS]
+MENDED = "DeepSpeed 0.19.8 kept the last gradient alone; this version seems to have mended it: say so in day10/notes.md"
+MENDED += " (both languages; timeline_2cpu.json shows it as well), and turn this test round"
 
 
 @pytest.fixture(scope="module")
 def ways(tmp_path_factory):
     """{(way, stage): row} of timeline.py."""
     run_dir = tmp_path_factory.mktemp("timeline")
-    run_day("day10/labs/timeline.py", "--run_dir", run_dir)
+    run_ranks("day10/labs/timeline.py", *SMALL, "--run_dir", run_dir, ranks=2, timeout=900)
     return {(row["way"], row["stage"]): row for row in json.loads((run_dir / "timeline.json").read_text())["table"]}
 
 
@@ -78,6 +81,67 @@ def test_mistakes_are_what_the_pitfalls_say(ways):
 
 
 @pytest.mark.launch
+def test_several_losses_of_a_step_lose_all_gradients_but_the_last(ways):
+    updates = [ways["several_losses", stage]["update"] for stage in range(4)]
+    assert [updates[0], updates[3]] == pytest.approx([1, 1], rel=1e-5)
+    assert max(updates[1:3]) < 0.9, f"{updates}: {MENDED}"
+
+
+SEVERAL = """
+import deepspeed, json, torch
+from common.cpu import start_without_compiler
+start_without_compiler()
+deepspeed.init_distributed()
+FIRST, SECOND = torch.eye(4)[0:1], torch.eye(4)[1:2]  # and so are the gradients of the losses
+
+def added(engine):
+    engine.backward(engine(FIRST).sum() + engine(SECOND).sum())
+
+def two_calls(engine):
+    engine.backward(engine(FIRST).sum())
+    engine.backward(engine(SECOND).sum())
+
+def one_forward(engine):
+    first, second = engine(torch.cat([FIRST, SECOND]))
+    engine.backward(first.sum(), retain_graph=True)
+    engine.backward(second.sum())
+
+def coalesced(engine):
+    with engine.coalesce_grad_reduction():
+        two_calls(engine)
+
+def update(stage, step):
+    model = torch.nn.Linear(4, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    config = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True}
+    config |= {"zero_optimization": {"stage": stage}, "optimizer": {"type": "SGD", "params": {"lr": 1.0}}}
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    step(engine)
+    engine.step()
+    with deepspeed.zero.GatheredParameters(model.weight):
+        return [round(value) for value in (-model.weight.detach()).flatten().tolist()]
+
+ways = {"added": added, "two_calls": two_calls, "one_forward": one_forward}
+found = {name: [update(stage, step) for stage in range(4)] for name, step in ways.items()}
+found["coalesced"] = [update(stage, coalesced) for stage in (1, 2, 3)]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.launch
+def test_several_losses_in_four_weights(tmp_path):
+    """Two losses, of which each moves a weight of its own, and one step: [1, 1, 0, 0] is right."""
+    (tmp_path / "several.py").write_text(SEVERAL)
+    found = json.loads(run_ranks(tmp_path / "several.py", ranks=2).stdout.splitlines()[-1])
+    right, last_alone = [1, 1, 0, 0], [0, 1, 0, 0]
+    assert found["added"] == [right] * 4 and found["coalesced"] == [right] * 3  # the cures
+    assert found["two_calls"] == [right, last_alone, last_alone, right], MENDED
+    assert found["one_forward"] == [right, last_alone, last_alone, last_alone], MENDED
+    for name in ("notes.md", "notes.zh.md"):
+        assert "`[0, 1, 0, 0]`" in (ROOT / "day10" / name).read_text()
+
+
+@pytest.mark.launch
 @pytest.mark.parametrize(
     ("way", "stage", "sentence"),
     [
@@ -92,18 +156,19 @@ def test_what_deepspeed_refuses(ways, way, stage, sentence):
     assert sentence in (ROOT / "day10/notes.md").read_text()
 
 
-def compare(run_dir, *flags, launch=run_ranks) -> list[dict]:
-    launch("day10/labs/compare.py", "--run_dir", run_dir, *flags, ranks=2)
+def compare(run_dir, *flags) -> list[dict]:
+    """The table of compare.py with a global batch of 8, whole and in 4 micro-batches on each of two ranks."""
+    flags = ["--global_batch", 8, "--accumulations", 1, 4, "--steps", 3, *SMALL, "--run_dir", run_dir, *flags]
+    run_ranks("day10/labs/compare.py", *flags, ranks=2, timeout=600)
     assert (run_dir / "activation_bytes.png").exists() and (run_dir / "tokens_per_s.png").exists()
     return json.loads((run_dir / "compare.json").read_text())["table"]
 
 
 @pytest.mark.launch
 def test_accumulation_ends_at_the_weights_of_the_large_batch(tmp_path):
-    flags = ["--deepspeed_config", "day10/ds_config_sgd.json", "--stages", 0, 1, 2, 3, "--steps", 3]
-    table = compare(tmp_path, *flags, launch=run_day)
-    equations = [f"16 = {8 // accumulation} x {accumulation} x 2" for accumulation in (1, 2, 4, 8)]
-    assert [row["equation"] for row in table] == equations * 4 and [row["stage"] for row in table[::4]] == [0, 1, 2, 3]
+    table = compare(tmp_path, "--deepspeed_config", "day10/ds_config_sgd.json", "--stages", 0, 1, 2, 3)
+    assert [row["equation"] for row in table] == ["8 = 4 x 1 x 2", "8 = 1 x 4 x 2"] * 4
+    assert [row["stage"] for row in table[::2]] == [0, 1, 2, 3]
     assert table[0]["losses"][0] > table[0]["losses"][-1] + 0.1  # the weights moved
     for row in table:  # 1e-7 was measured; SGD, for AdamW divides a wrong scale away
         assert row["difference"] <= 1e-5, row["equation"]
@@ -116,16 +181,15 @@ def test_so_it_does_with_adamw(tmp_path):
     config = json.loads((ROOT / "day10/ds_config.json").read_text())
     config["optimizer"]["params"]["lr"] = 3e-4  # at 1e-3 single weights differ by 1.2e-5 after 6 steps: see the notes
     (tmp_path / "config.json").write_text(json.dumps(config))
-    flags = ["--deepspeed_config", tmp_path / "config.json", "--stages", 1, "--accumulations", 1, 8, "--steps", 4]
-    large, small = compare(tmp_path, *flags)
+    large, small = compare(tmp_path, "--deepspeed_config", tmp_path / "config.json", "--stages", 1)
     assert small["difference"] <= 1e-5 and small["norm"] == pytest.approx(large["norm"], rel=1e-5)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """train.py, 12 steps, every loss."""
+    """train.py, 8 steps, every loss."""
     run_dir = tmp_path_factory.mktemp("train")
-    flags = ["--steps", 12, "--log_every", 1, "--corpus", "moby_dick", "--run_dir", run_dir]
+    flags = ["--steps", 8, "--log_every", 1, *SMALL, "--run_dir", run_dir]
     return run_day("day10/train.py", *flags)
 
 
@@ -133,8 +197,8 @@ def trained(tmp_path_factory):
 def test_train_shows_the_batch_equation_and_counts(trained):
     assert "zero stage 1 | DeepSpeedZeroOptimizer | cpu" in trained.stdout
     assert "batch 16 = 2 micro x 4 accumulation x 2 ranks" in trained.stdout
-    assert "engine: 48 micro-batches a rank | 12 updates | 192 sequences of all ranks" in trained.stdout
-    assert trained.held_out[12] < trained.held_out[0] - 0.3
+    assert "engine: 32 micro-batches a rank | 8 updates | 128 sequences of all ranks" in trained.stdout
+    assert trained.held_out[8] < trained.held_out[0] - 0.1  # ten steps of warm-up
 
 
 def as_pytorch(text: str) -> str:
@@ -155,23 +219,26 @@ def test_the_replaced_pytorch_lines_train_the_same(trained, tmp_path):
     assert "engine." not in text and "deepspeed.initialize" not in text and "DistributedDataParallel" in text
     script = tmp_path / "train_pytorch.py"
     script.write_text(text.replace("Path(__file__).resolve().parent", f"Path({str(ROOT / 'day10')!r})"))
-    flags = ["--steps", 12, "--log_every", 1, "--corpus", "moby_dick", "--run_dir", tmp_path]
-    plain = run_day(script, *flags)
+    plain = run_ranks(script, "--steps", 8, "--log_every", 1, *SMALL, "--run_dir", tmp_path, ranks=2)
     assert "batch 16 = 2 micro x 4 accumulation x 2 ranks" in plain.stdout
-    assert len(plain.losses) == 12
+    assert len(plain.losses) == 8
     for step, loss in plain.losses.items():  # 1e-6 was measured: the log's last digit
         assert loss == pytest.approx(trained.losses[step], abs=1e-5), step
-    assert plain.held_out[12] == pytest.approx(trained.held_out[12], abs=1e-5)
+    assert plain.held_out[8] == pytest.approx(trained.held_out[8], abs=1e-5)
 
 
 @pytest.mark.launch
 def test_scaling_reads_the_same_text_with_every_batch(tmp_path):
-    flags = ["--accumulations", 1, 4, "--lrs", 0.0001, 0.004, "--sequences", 64, "--corpus", "moby_dick"]
-    run = run_day("day10/labs/scaling.py", *flags, "--run_dir", tmp_path)
+    flags = ["--accumulations", 1, 4, "--lrs", 0.0001, 0.004, "--sequences", 64, *SMALL]
+    run = run_ranks("day10/labs/scaling.py", *flags, "--run_dir", tmp_path, ranks=2)
     table = json.loads((tmp_path / "scaling.json").read_text())["table"]
     assert [(row["batch_size"], row["steps"]) for row in table] == [(8, 8), (8, 8), (32, 2), (32, 2)]
     slow, fast = table[:2]
-    assert fast["held_out_loss"] < slow["held_out_loss"] - 0.1 and run.stdout.count("*") == 3  # heading, two batches
+    assert (
+        fast["held_out_loss"] < slow["held_out_loss"] - 0.1
+        and "best learning rate for a batch of 8: 0.004" in run.stdout
+    )
+    assert run.stdout.count("best learning rate") == 2
     assert (tmp_path / "loss.png").exists()
 
 
@@ -189,11 +256,47 @@ def test_scaling_reads_the_same_text_with_every_batch(tmp_path):
 def test_bad_configs_get_one_sentence(change, sentence, tmp_path):
     config = json.loads((ROOT / "day10/ds_config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
-    run = run_ranks("day10/train.py", "--deepspeed_config", tmp_path / "config.json", check=False)
+    run = run_ranks("day10/train.py", "--deepspeed_config", tmp_path / "config.json", *SMALL, check=False)
     assert run.code != 0 and sentence in error_line(run)
 
 
 @pytest.mark.launch
 def test_a_batch_that_cannot_be_cut_gets_one_sentence(tmp_path):
-    run = run_ranks("day10/labs/compare.py", "--accumulations", 3, "--run_dir", tmp_path, ranks=2, check=False)
+    flags = ["--accumulations", 3, *SMALL, "--run_dir", tmp_path]
+    run = run_ranks("day10/labs/compare.py", *flags, ranks=2, check=False)
     assert error_line(run) == "--global_batch 16 cannot be cut into 3 micro-batches x 2 ranks"
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("lab", ["compare", "timeline", "scaling"])
+def test_a_config_may_have_comments_and_no_key_twice(lab, tmp_path):
+    (tmp_path / "config.json").write_text('{"optimizer": {"type": "SGD"}, "optimizer": {"type": "AdamW"}}')
+    flags = ["--deepspeed_config", tmp_path / "config.json", *SMALL, "--run_dir", tmp_path]
+    run = run_ranks(f"day10/labs/{lab}.py", *flags, check=False)
+    assert "holds the key 'optimizer' twice" in error_line(run)
+
+
+ANSWERS = """
+import bench.judge
+import torch.distributed as dist
+from day10 import solution
+from day10.exercise import check, clear_errors
+
+bench.judge.ALARM_S = 8.0
+
+class Engine(solution.Engine):
+    def average_over_ranks(self):
+        if dist.get_rank() == 0:
+            super().average_over_ranks()
+
+with clear_errors():
+    check(Engine)
+"""
+
+
+@pytest.mark.launch
+def test_the_exercise_names_the_open_todo_and_ends_an_all_reduce_of_one_rank(tmp_path):
+    assert error_line(run_ranks("day10/exercise.py", check=False)).startswith("not yet: TODO 1, is_boundary()")
+    (tmp_path / "answers.py").write_text(ANSWERS)
+    run = run_ranks(tmp_path / "answers.py", ranks=2, check=False)
+    assert error_line(run).startswith("not yet: no end after 8 s. A gather and an all_reduce need all ranks")

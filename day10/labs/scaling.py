@@ -5,13 +5,12 @@ From the repository root, on two CPU processes or two GPUs (minutes: a dozen tra
     deepspeed --num_accelerators 2 day10/labs/scaling.py
     deepspeed --num_accelerators 2 day10/labs/scaling.py --accumulations 1 4 --lrs 0.001 0.004 --sequences 512
 
-Expect a table of held-out losses, batch size against learning rate, the best rate of each batch marked; and a plot.
+Expect a table of held-out losses, a row for each batch size and learning rate; the best rate of each batch; and a plot.
 Checked with deepspeed 0.19.8. Source: Malladi et al. 2022, arXiv:2205.10287 (square root rule for Adam);
 McCandlish et al. 2018, arXiv:1812.06162 (from which batch size on more of it is wasted).
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -23,14 +22,17 @@ from torch.utils.data import DataLoader, DistributedSampler
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from common.cpu import start_without_compiler
+from bench.table import Table
+from bench.world import join_world
 from common.data import endless_batches, held_out_loss, load_corpus, load_tokenizer, to_device
 from common.errors import UserError, clear_errors
 from common.model import build_model, get_preset
 from common.plots import plt, save_plot
-from common.ranks import print0, require_launcher
-from common.results import this_command, write_results
-from common.run_log import default_run_dir, show_path
+from common.ranks import print0
+from common.run_log import default_run_dir
+from config.read import read_config
+
+COLUMNS = {"updates": "steps:d", "held-out loss": "held_out_loss:.4f"}
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=1024, help="sequences read in each training, all ranks")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--run_dir", default=default_run_dir("day10"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day10"), help="folder for scaling.json and loss.png")
     parser.add_argument("--model", default="tiny", help="preset of common/model.py")
     parser.add_argument("--corpus", default="all", help="shipped corpus, text file, or Hugging Face data set")
     return parser.parse_args()
@@ -53,7 +55,7 @@ def train(accumulation: int, lr: float, splits, vocab_size: int, args: argparse.
     train_blocks, held_out_blocks = splits
     torch.manual_seed(args.seed)
     model = build_model(args.model, vocab_size)
-    config = json.loads(Path(args.deepspeed_config).read_text())
+    config = read_config(args.deepspeed_config)
     config.pop("scheduler", None)  # constant: ten steps of warm-up are all of a run of 8, and nothing in one of 128
     config |= {"train_micro_batch_size_per_gpu": args.micro_batch, "gradient_accumulation_steps": accumulation}
     config["optimizer"]["params"]["lr"] = lr
@@ -87,27 +89,24 @@ def plot_rates(table: list[dict], path: Path, title: str) -> None:
 
 def main() -> None:
     args = parse_args()
-    require_launcher()
-    start_without_compiler()
+    join_world()
     preset = get_preset(args.model)
     tokenizer = load_tokenizer(preset.tokenizer)
     splits = load_corpus(args.corpus, tokenizer, preset.block_size)
-    table = []
-    print0(f"held-out loss after {args.sequences} sequences; * best rate of a batch size")
-    print0(f"{'batch':>6} {'steps':>6}" + "".join(f"{f'lr {lr:g}':>12}" for lr in args.lrs))
+    print0(f"held-out loss after {args.sequences} sequences")
+    path = Path(args.run_dir) / "scaling.json"
+    table = Table(path, COLUMNS, width=24, sequences=args.sequences)
     for accumulation in args.accumulations:
-        rows = [train(accumulation, lr, splits, len(tokenizer), args) for lr in args.lrs]
-        best = min(rows, key=lambda row: row["held_out_loss"])
-        cells = [f"{row['held_out_loss']:.4f}{'*' if row is best else ' '}" for row in rows]
-        print0(f"{best['batch_size']:6} {best['steps']:6}" + "".join(f"{cell:>12}" for cell in cells))
-        table += rows
+        batch_size = args.micro_batch * accumulation * dist.get_world_size()
+        for lr in args.lrs:
+            with table.row(f"batch {batch_size}, lr {lr:g}") as row:
+                row |= train(accumulation, lr, splits, len(tokenizer), args)
+        best = min(table.rows[-len(args.lrs) :], key=lambda row: row["held_out_loss"])
+        print0(f"best learning rate for a batch of {batch_size}: {best['lr']:g}")
     if dist.get_rank() == 0:
-        run_dir = Path(args.run_dir)
-        write_results(run_dir / "scaling.json", this_command(), sequences=args.sequences, table=table)
-        plot_rates(
-            table, run_dir / "loss.png", f"{args.model}, {args.sequences} sequences of {preset.block_size} tokens"
-        )
-        print0(f"table: {show_path(run_dir / 'scaling.json')}")
+        title = f"{args.model}, {args.sequences} sequences of {preset.block_size} tokens"
+        plot_rates(table.rows, path.with_name("loss.png"), title)
+    table.close()
     dist.destroy_process_group()
 
 

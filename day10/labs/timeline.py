@@ -1,4 +1,4 @@
-"""Day 10: timeline - when gradients are averaged and when weights change: ZeRO 0 to 3, eight ways to accumulate.
+"""Day 10: timeline - when gradients are averaged and when weights change: ZeRO 0 to 3, nine ways to accumulate.
 
 From the repository root, on two CPU processes or two GPUs:
 
@@ -12,7 +12,6 @@ Checked with deepspeed 0.19.8. Source: deepspeed/runtime/engine.py (backward, st
 
 import argparse
 import gc
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -26,13 +25,14 @@ HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 from bench.held import live_tensor_bytes
-from common.cpu import start_without_compiler
+from bench.world import join_world
 from common.data import endless_batches, load_corpus, load_tokenizer, to_device
 from common.errors import clear_errors
 from common.model import build_model, get_preset
-from common.ranks import print0, require_launcher
+from common.ranks import print0
 from common.results import this_command, write_results
 from common.run_log import default_run_dir, show_path
+from config.read import read_config
 
 # collective -> (r: averages gradients, g: gathers weights; how many times a ring sends (N-1)/N of the whole tensor)
 COLLECTIVES = {"all_reduce": ("r", 2), "reduce": ("r", 1), "reduce_scatter_tensor": ("r", 1)}
@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", type=int, default=[0, 1, 2, 3], help="ZeRO stages")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--run_dir", default=default_run_dir("day10"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day10"), help="folder for timeline.json")
     parser.add_argument("--model", default="tiny", help="preset of common/model.py")
     parser.add_argument("--corpus", default="all", help="shipped corpus, text file, or Hugging Face data set")
     return parser.parse_args()
@@ -89,6 +89,12 @@ def one_step(engine: deepspeed.DeepSpeedEngine, batches: list[dict]) -> None:
     engine.step()
 
 
+def several_losses(engine: deepspeed.DeepSpeedEngine, batches: list[dict]) -> None:
+    for batch in batches:  # as a loop with a loss for each task does it, or for generator and critic
+        engine.backward(engine(**batch).loss / len(batches))
+    engine.step()
+
+
 def divided(engine: deepspeed.DeepSpeedEngine, batches: list[dict]) -> None:
     for batch in batches:
         engine.backward(engine(**batch).loss / len(batches))
@@ -109,12 +115,12 @@ def own_loss(engine: deepspeed.DeepSpeedEngine, batches: list[dict]) -> None:
         engine.step()
 
 
-# name -> (loop, "gradient_accumulation_steps", "managed_gradient_accumulation"). Four right ways; then three mistakes,
-# and what cures the third.
+# name -> (loop, "gradient_accumulation_steps", "managed_gradient_accumulation"). Four right ways; then four mistakes,
+# and what cures the fourth.
 WAYS = {
     "managed": (managed, A, True), "no_sync": (no_sync, 1, True), "coalesced": (coalesced, 1, True),
-    "unmanaged": (one_step, A, False), "one_step": (one_step, A, True), "divided": (divided, A, True),
-    "loss.backward": (torch_style, A, True), "own_loss.backward": (own_loss, A, True),
+    "unmanaged": (one_step, A, False), "one_step": (one_step, A, True), "several_losses": (several_losses, 1, True),
+    "divided": (divided, A, True), "loss.backward": (torch_style, A, True), "own_loss.backward": (own_loss, A, True),
 }  # fmt: skip
 
 
@@ -130,6 +136,17 @@ def record_collectives() -> None:
             return call(*args, **kwargs)
 
         setattr(dist, name, recording)
+
+
+def record_backward() -> None:
+    """Note the beginning of each backward pass, whoever begins it."""
+    backward = torch.Tensor.backward
+
+    def recording(self: torch.Tensor, *args, **kwargs) -> None:
+        EVENTS.append(("B", 0))
+        backward(self, *args, **kwargs)
+
+    torch.Tensor.backward = recording
 
 
 def record_calls(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -178,10 +195,11 @@ def measure(way: str, stage: int, blocks, vocab_size: int, args: argparse.Namesp
     loop, accumulation, is_managed = WAYS[way]
     torch.manual_seed(args.seed)
     model = build_model(args.model, vocab_size)
-    config = json.loads(Path(args.deepspeed_config).read_text())
+    config = read_config(args.deepspeed_config)
     config |= {"gradient_accumulation_steps": accumulation, "managed_gradient_accumulation": is_managed}
+    zero = config.setdefault("zero_optimization", {})
     # threshold 0: at stage 3 no weight stays whole, so that the gathers can be counted
-    config["zero_optimization"] |= {"stage": stage, "stage3_param_persistence_threshold": 0}
+    zero |= {"stage": stage, "stage3_param_persistence_threshold": 0}
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     record_calls(engine)
     sampler = DistributedSampler(blocks, seed=args.seed)  # each rank its own blocks
@@ -203,36 +221,38 @@ def measure(way: str, stage: int, blocks, vocab_size: int, args: argparse.Namesp
     return row
 
 
+def as_line(row: dict) -> str:
+    """A row for the terminal: what happened, or what DeepSpeed said instead."""
+    if "error" in row:
+        return f"zero {row['stage']} | {row['error']}"
+    norm = f"{row['norm']:.4f}" if row["norm"] else "None"
+    numbers = f"norm {norm} | update {row['update']:.4f} | held {row['held']:.2f} | sent {row['sent']:.2f}"
+    return f"zero {row['stage']} | {row['timeline']} | {numbers}"
+
+
 def main() -> None:
     args = parse_args()
-    require_launcher()
-    start_without_compiler()
     record_collectives()
-    deepspeed.init_distributed()
+    join_world()
     preset = get_preset(args.model)
     tokenizer = load_tokenizer(preset.tokenizer)
     blocks, _ = load_corpus(args.corpus, tokenizer, preset.block_size)
     gc.freeze()  # what is here now is no case's: walks over the live tensors no longer see it, and are fast
-    backward = torch.Tensor.backward
-    torch.Tensor.backward = lambda self, *args, **kwargs: (EVENTS.append(("B", 0)), backward(self, *args, **kwargs))[1]
+    record_backward()
     print0(LEGEND)
-    table, length = [], None
+    table, first_update = [], None
     for way in args.ways:
         print0(f"\n{way}: gradient_accumulation_steps {WAYS[way][1]}, managed_gradient_accumulation {WAYS[way][2]}")
         for stage in args.stages:
             row = measure(way, stage, blocks, len(tokenizer), args)
+            if "update" in row:
+                first_update = first_update or row["update"]
+                row["update"] /= first_update
             table.append(row)
-            if "error" in row:
-                print0(f"zero {stage} | {row['error']}")
-                continue
-            length = length or row["update"]
-            row["update"] /= length
-            norm = f"{row['norm']:.4f}" if row["norm"] else "None"
-            numbers = f"norm {norm} | update {row['update']:.4f} | held {row['held']:.2f} | sent {row['sent']:.2f}"
-            print0(f"zero {stage} | {row['timeline']} | {numbers}")
-    if dist.get_rank() == 0:
-        write_results(Path(args.run_dir) / "timeline.json", this_command(), table=table)
-        print0(f"table: {show_path(args.run_dir)}/timeline.json")
+            print0(as_line(row))
+            if dist.get_rank() == 0:  # after each, so that an interrupted run leaves what it has
+                write_results(Path(args.run_dir) / "timeline.json", this_command(), table=table)
+    print0(f"table: {show_path(args.run_dir)}/timeline.json")
     dist.destroy_process_group()
 
 

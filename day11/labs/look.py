@@ -20,11 +20,11 @@ import torch
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from common.cpu import start_without_compiler
+from bench.world import join_world
 from common.data import load_tokenizer
 from common.errors import clear_errors
 from common.model import build_model, get_preset
-from common.ranks import print0, require_launcher
+from common.ranks import print0
 from day11.precision import computed_bytes, emulate_fp16, forget_autocast, held_bytes, loss_scale
 
 VARIANTS = ("_fp32", "", "_fp16", "_autocast_bf16", "_autocast_fp16", "_bf16_states")
@@ -41,10 +41,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    require_launcher()
-    start_without_compiler()
     emulate_fp16()
-    deepspeed.init_distributed()
+    join_world()
     vocab_size = len(load_tokenizer(get_preset(args.model).tokenizer))
     for path in args.configs:
         torch.manual_seed(0)  # the same on every rank, so every rank builds the same weights

@@ -11,8 +11,6 @@ Checked with deepspeed 0.19.8. Source: deepspeed/runtime/precision_config.py (bf
 """
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -23,13 +21,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from common.cpu import start_without_compiler
+from bench.world import join_world
 from common.data import endless_batches, load_corpus, load_tokenizer, to_device
 from common.errors import UserError, clear_errors
 from common.model import build_model, get_preset
-from common.ranks import print0, require_launcher
+from common.ranks import print0
 from common.results import this_command, write_results
 from common.run_log import default_run_dir, show_path
+from config.read import read_config
 
 MASTERS = {"fp32": "ds_config.json", "bf16": "ds_config_bf16_states.json"}
 
@@ -40,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps (not micro-batches)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--run_dir", default=default_run_dir("day11"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day11"), help="folder for missing_bits.json")
     parser.add_argument("--model", default="tiny", help="preset of common/model.py")
     return parser.parse_args()
 
@@ -52,12 +51,12 @@ def steps_around(weight: float) -> dict:
     return {"weight": at.item(), "below": below.item(), "half_step": (at.item() - below.item()) / 2}
 
 
-def train(masters: str, rate: float, blocks, vocab_size: int, args: argparse.Namespace) -> dict:
+def train(masters: str, rate: float, blocks, vocab_size: int, args: argparse.Namespace, device) -> dict:
     """Shares of the bf16 weights that differ from their first value after --steps updates: all, and ln_f's (1.0)."""
     torch.manual_seed(args.seed)
-    with torch.device(deepspeed.accelerator.get_accelerator().current_device_name()):
+    with device:
         model = build_model(args.model, vocab_size)
-    config = json.loads((HERE / MASTERS[masters]).read_text()) | {"train_micro_batch_size_per_gpu": 1}
+    config = read_config(HERE / MASTERS[masters]) | {"train_micro_batch_size_per_gpu": 1}
     config["optimizer"]["params"]["lr"] = rate
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     batches = endless_batches(DataLoader(blocks, 1, sampler=DistributedSampler(blocks, seed=args.seed)))
@@ -85,11 +84,9 @@ def second_moment(beta2: float, dtype: torch.dtype, steps: int = 1000) -> float:
 
 def main() -> None:
     args = parse_args()
-    require_launcher()
     if min(args.rates) <= 0:
         raise UserError(f"--rates {min(args.rates)}: a learning rate is larger than 0")
-    start_without_compiler()
-    deepspeed.accelerator.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # each rank its own GPU
+    device = join_world()
     preset = get_preset(args.model)
     tokenizer = load_tokenizer(preset.tokenizer)
     blocks, _ = load_corpus("all", tokenizer, preset.block_size)
@@ -100,7 +97,7 @@ def main() -> None:
     moved, decay = [], []
     for rate in args.rates:
         for masters in MASTERS:
-            row = train(masters, rate, blocks, len(tokenizer), args)
+            row = train(masters, rate, blocks, len(tokenizer), args, device)
             moved.append(row)
             print0(f"{rate:7.0e} {row['masters']:>9} {row['moved']:17.2%} {row['norm_moved']:15.2%}")
     print0("\nAdam's second moment after 1000 gradients of 0, as a share of what it was:")

@@ -11,8 +11,6 @@ Checked with deepspeed 0.19.8. Source: deepspeed/runtime/fp16/loss_scaler.py, cl
 """
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -23,13 +21,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from common.cpu import start_without_compiler
+from bench.world import join_world
 from common.data import endless_batches, load_corpus, load_tokenizer, to_device
 from common.errors import clear_errors
 from common.model import build_model, get_preset
-from common.ranks import over_ranks, print0, require_launcher
+from common.ranks import over_ranks, print0
 from common.results import this_command, write_results
 from common.run_log import default_run_dir, show_path
+from config.read import read_config
 from day11.precision import emulate_fp16
 
 SCENES = {  # changes to fp16 (None: bf16), steps with a loss 2**20 times as large, growth of a layer's weights, steps
@@ -49,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--scenes", nargs="+", choices=[*SCENES], default=[*SCENES], help="what to show, in this order")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--run_dir", default=default_run_dir("day11"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day11"), help="folder for overflow.json")
     parser.add_argument("--model", default="tiny", help="preset of common/model.py")
     return parser.parse_args()
 
@@ -61,15 +60,15 @@ def all_bits(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor:
     return torch.cat([tensor.view(torch.uint8) for tensor in tensors])
 
 
-def play(scene: str, blocks, vocab_size: int, args: argparse.Namespace) -> dict:
+def play(scene: str, blocks, vocab_size: int, args: argparse.Namespace, device: torch.device) -> dict:
     """Train through a scene and print it; {"steps": a row each, "skipped", "updates", "error"}."""
     fp16, bad_steps, growth, num_steps = SCENES[scene]
     print0(f"\n{scene}: {fp16 or 'bf16'}")
     torch.manual_seed(args.seed)
-    with torch.device(deepspeed.accelerator.get_accelerator().current_device_name()):
+    with device:
         model = build_model(args.model, vocab_size)
     model.transformer.h[0].mlp.c_proj.weight.data *= growth
-    config = json.loads((HERE / "ds_config_fp16.json").read_text()) | {"train_micro_batch_size_per_gpu": 1}
+    config = read_config(HERE / "ds_config_fp16.json") | {"train_micro_batch_size_per_gpu": 1}
     config |= {"bf16": {"enabled": True}, "fp16": {}} if fp16 is None else {"fp16": config["fp16"] | fp16}
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     scaler, rows, error = engine.optimizer.loss_scaler, [], None
@@ -101,14 +100,12 @@ def play(scene: str, blocks, vocab_size: int, args: argparse.Namespace) -> dict:
 
 def main() -> None:
     args = parse_args()
-    require_launcher()
-    start_without_compiler()
     emulate_fp16()
-    deepspeed.accelerator.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # each rank its own GPU
+    device = join_world()
     preset = get_preset(args.model)
     tokenizer = load_tokenizer(preset.tokenizer)
     blocks, _ = load_corpus("all", tokenizer, preset.block_size)
-    scenes = {scene: play(scene, blocks, len(tokenizer), args) for scene in args.scenes}
+    scenes = {scene: play(scene, blocks, len(tokenizer), args, device) for scene in args.scenes}
     if torch.distributed.get_rank() == 0:
         write_results(Path(args.run_dir) / "overflow.json", this_command(), model=args.model, scenes=scenes)
         print0(f"\nall of this: {show_path(args.run_dir)}/overflow.json")

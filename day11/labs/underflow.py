@@ -11,8 +11,6 @@ Checked with deepspeed 0.19.8. Source: arXiv:1710.03740, section 3.2 and figure 
 """
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -24,13 +22,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from common.cpu import start_without_compiler
+from bench.world import join_world
 from common.data import endless_batches, load_corpus, load_tokenizer, to_device
 from common.errors import UserError, clear_errors
 from common.model import build_model, get_preset
-from common.ranks import print0, require_launcher
+from common.ranks import print0
 from common.results import this_command, write_results
 from common.run_log import default_run_dir, show_path
+from config.read import read_config
 from day11.precision import emulate_fp16
 
 
@@ -42,19 +41,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps (not micro-batches)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--run_dir", default=default_run_dir("day11"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day11"), help="folder for underflow.json")
     parser.add_argument("--model", default="tiny", help="preset of common/model.py")
     return parser.parse_args()
 
 
-def start(weights: dict | None, scale: float | None, vocab_size: int, args: argparse.Namespace):
+def start(weights: dict | None, scale: float | None, vocab_size: int, args: argparse.Namespace, device: torch.device):
     """An engine in fp16 with this static loss scale, or in fp32 (None); with these weights, or fresh ones (None)."""
     torch.manual_seed(args.seed)
-    with torch.device(deepspeed.accelerator.get_accelerator().current_device_name()):
+    with device:
         model = build_model(args.model, vocab_size)
     if weights:
         model.load_state_dict(weights)
-    config = json.loads((HERE / "ds_config_fp32.json").read_text())
+    config = read_config(HERE / "ds_config_fp32.json")
     config["train_micro_batch_size_per_gpu"] = args.micro_batch
     config["zero_optimization"] = {"stage": 2, "reduce_bucket_size": 500_000}  # safe_get_full_grad wants ZeRO
     if scale:
@@ -74,17 +73,15 @@ def gradients(engine: deepspeed.DeepSpeedEngine, batch: dict) -> tuple[torch.Ten
 
 def main() -> None:
     args = parse_args()
-    require_launcher()
     if wrong := [scale for scale in args.scales if not scale > 0]:
         raise UserError(f"--scales {wrong[0]}: a loss scale is a number above 0, a power of two as a rule")
-    start_without_compiler()
     emulate_fp16()
-    deepspeed.accelerator.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # each rank its own GPU
+    device = join_world()
     preset = get_preset(args.model)
     tokenizer = load_tokenizer(preset.tokenizer)
     blocks, _ = load_corpus("all", tokenizer, preset.block_size)
 
-    engine = start(None, None, len(tokenizer), args)
+    engine = start(None, None, len(tokenizer), args, device)
     loader = DataLoader(blocks, args.micro_batch, sampler=DistributedSampler(blocks, seed=args.seed))
     batches = endless_batches(loader)
     for _ in range(args.steps):
@@ -98,7 +95,7 @@ def main() -> None:
     print0(f"{'loss scale':>12} {'logits: 0':>10} {'weights: 0':>11} {'weights off':>12} {'inf or nan':>11}")
     table = []
     for scale in args.scales:
-        found = gradients(start(weights, scale, len(tokenizer), args), batch)
+        found = gradients(start(weights, scale, len(tokenizer), args, device), batch)
         lost = [((want != 0) & (got == 0)).float().mean().item() for want, got in zip(exact, found, strict=True)]
         off = ((found[1] / scale - exact[1]).norm() / exact[1].norm()).item()
         row = {"loss_scale": scale, "logits_zero": lost[0], "weights_zero": lost[1]}
