@@ -786,8 +786,9 @@ class FakeMpu:
 
 
 def main():
-    out, only = Path(sys.argv[1]), sys.argv[2:]
+    out, only = Path(sys.argv[1]).absolute(), sys.argv[2:]
     sys.path.insert(0, str(REPO))
+    os.chdir(out.parent)  # monitors of some configs write where they are
     os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29655")
     import deepspeed

@@ -31,7 +31,7 @@ BLOCK = re.compile(r"<!-- (file|lines|diff|output|table|runs|number) (.*?) -->.*
 
 def pages() -> list[Path]:
     """Every Markdown page of the repository, English and Chinese."""
-    folders = ("", "data", "config", "day[0-9][0-9]")
+    folders = ("", "data", "config", "bench", "day[0-9][0-9]", "day[0-9][0-9]/labs")
     return sorted(page for folder in folders for page in ROOT.glob(f"{folder}/*.md" if folder else "*.md"))
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 import config.check
 from config.check import LEVELS, ParseError, Reader, check, main, schema
 from tests.config_mistakes import MISTAKES, VALID, Gives, Raises, Source
+from tests.launch import free_port, run_warm
 
 REPO = Path(__file__).resolve().parents[1]
 CHECK = REPO / "config" / "check.py"
@@ -67,13 +67,7 @@ def test_every_rule_is_needed(monkeypatch):
 def deepspeed_says(tmp_path_factory):
     """Every config of the table through deepspeed.initialize() and two steps, in one process on one gloo rank."""
     out = tmp_path_factory.mktemp("deepspeed") / "results.json"
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = str(sock.getsockname()[1])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
-    command = [sys.executable, str(REPO / "tests" / "config_mistakes.py"), str(out)]
-    done = subprocess.run(command, env=env, cwd=out.parent, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_warm("tests/config_mistakes.py", out, timeout=600, MASTER_PORT=str(free_port()))
     return json.loads(out.read_text())
 
 
@@ -286,8 +280,7 @@ def test_pre_commit_hook_points_here():
 
 @pytest.mark.launch
 def test_schema_is_what_deepspeed_has():
-    done = subprocess.run([sys.executable, str(REPO / "config" / "make_schema.py"), "--check"], capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    run_warm("config/make_schema.py", "--check")
 
 
 @pytest.mark.launch
@@ -297,8 +290,8 @@ def test_schema_drift_is_noticed(tmp_path):
         (tmp_path / name).write_bytes((REPO / "config" / name).read_bytes())
     text = (tmp_path / "ds_config.schema.json").read_text().replace('"stage3_max_live_parameters"', '"stage3_max_live"')
     (tmp_path / "ds_config.schema.json").write_text(text)
-    done = subprocess.run([sys.executable, str(tmp_path / "make_schema.py"), "--check"], capture_output=True, text=True)
-    assert done.returncode == 1 and "differs" in done.stderr
+    done = run_warm(str(tmp_path / "make_schema.py"), "--check", check=False)
+    assert done.code == 1 and "differs" in done.stderr
 
 
 def test_every_live_key_is_in_the_schema():

@@ -9,7 +9,8 @@ import math
 
 import pytest
 
-from tests.launch import ROOT, run_day
+from config.read import read_config
+from tests.launch import ROOT, run_ranks
 
 NAMES = sorted(path.stem for path in (ROOT / "config").glob("*.json") if path.name != "ds_config.schema.json")
 
@@ -44,13 +45,13 @@ PROOF = {
 
 
 def load(name: str) -> dict:
-    return json.loads((ROOT / "config" / f"{name}.json").read_text())
+    return read_config(ROOT / "config" / f"{name}.json")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("templates") / "results.json"
-    run_day("tests/train_templates.py", "--out", out, timeout=400, DS_ACCELERATOR="cpu")
+    run_ranks("tests/train_templates.py", "--out", out, ranks=2, timeout=900, DS_ACCELERATOR="cpu")
     return json.loads(out.read_text())["templates"]
 
 

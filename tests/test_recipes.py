@@ -69,7 +69,7 @@ says_LABEL.json
         RANKS && false
 
 folder_CPU.json = out.json, run_CPU.json = runs/*/out.json
-    f() { mkdir -p runs/1 $2; echo $1 >$2/out.json; echo newest >runs/1/out.json; }; f $0
+    f() { mkdir -p runs/1 $2; echo $1 >$2/out.json; echo newest >runs/1/out.json; }; f
 
 # Breaks.
 broken_LABEL.json

@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from common.cpu import start_without_compiler
 from common.results import this_command, write_results
+from config.read import read_config
 
 TEMPLATES = sorted(path for path in (ROOT / "config").glob("*.json") if path.name != "ds_config.schema.json")
 VOCAB, SEQ_LEN = 256, 32
@@ -257,7 +258,7 @@ def train_accelerate(name: str, args) -> tuple[list[float], dict]:
     import accelerate
     from accelerate.state import AcceleratorState, GradientState
 
-    config = json.loads((ROOT / "config" / f"{name}.json").read_text())
+    config = read_config(ROOT / "config" / f"{name}.json")
     adapt(config, deepspeed.comm.get_world_size(), "")
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -361,7 +362,7 @@ def main() -> None:
 
     results = {}
     for path in chosen:
-        name, config = path.stem, json.loads(path.read_text())
+        name, config = path.stem, read_config(path)
         began = time.perf_counter()
         if reason := why_not(config, world_size, args.nvme_path):
             results[name] = {"ok": None, "skipped": reason}
