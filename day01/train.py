@@ -30,7 +30,7 @@ from common.run_log import RunLog, default_run_dir, read_rows, show_path
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_size", type=int, default=16, help="sequences an optimizer step")
+    parser.add_argument("--global_batch", type=int, default=16, help="sequences per optimizer step")
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps (not micro-batches)")
     parser.add_argument("--log_every", type=int, default=50, help="optimizer steps between two log lines")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
@@ -48,11 +48,11 @@ def main() -> None:
     torch.manual_seed(args.seed)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = build_model(args.model, len(tokenizer), tokenizer.eos_token_id).to(device)
-    print0(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device} | batch {args.batch_size}")
+    print0(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device} | batch {args.global_batch}")
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     sampler = DistributedSampler(train_blocks, num_replicas=1, rank=0, seed=args.seed)
-    loader = DataLoader(train_blocks, batch_size=args.batch_size, sampler=sampler, drop_last=True)
+    loader = DataLoader(train_blocks, batch_size=args.global_batch, sampler=sampler, drop_last=True)
 
     log = RunLog(args.run_dir, args.steps, args.log_every, device)
     log.held_out(0, held_out_loss(model, held_out_blocks, device))

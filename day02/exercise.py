@@ -10,21 +10,19 @@ The answers are in solution.py. Source: day02/notes.md.
 
 import argparse
 import copy
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch.nn.functional import mse_loss
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ is one level up
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
-from common.cpu import start_without_compiler
+from bench.world import join_world
 from common.errors import UserError, clear_errors
-from common.ranks import print0, require_launcher
+from common.ranks import print0
 
 MICRO_BATCH, ACCUMULATION, STEPS = 4, 3, 2
 
@@ -52,44 +50,54 @@ def check(make_config: Callable, train_step: Callable) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     parser.parse_args()
-    require_launcher()
-    start_without_compiler()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed()
+    join_world()
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 1)
     reference = copy.deepcopy(model)
     data = torch.randn(STEPS, ACCUMULATION, world, MICRO_BATCH, 4)  # three inputs and a target; the same on every rank
 
+    config = make_config(world)
     try:
-        config = make_config(world)
         engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-        for step in range(STEPS):
-            batches = [block[rank].to(engine.device) for block in data[step]]
-            train_step(engine, [(block[:, :3], block[:, 3:]) for block in batches])
-    except NotImplementedError:
-        raise UserError("not yet: a TODO still raises NotImplementedError. Fill it in and run this again.") from None
+    except Exception as error:  # whatever a config can do wrong
+        reason = str(error).splitlines() or [""]
+        raise UserError(f"not yet: TODO 1, DeepSpeed refuses {config}: {type(error).__name__}: {reason[0]}") from error
+    if engine.optimizer is None:
+        raise UserError(f'not yet: TODO 1, no "optimizer" in {config}')
+    batch = engine.train_batch_size()
+    if batch != MICRO_BATCH * ACCUMULATION * world:
+        want = f"{MICRO_BATCH} x {ACCUMULATION} x {world}"
+        raise UserError(f"not yet: TODO 1, the global batch is {batch}, want {want}: micro-batch, accumulation, ranks")
+    if engine.gradient_clipping():
+        clipping = engine.gradient_clipping()
+        raise UserError(f'not yet: TODO 1, gradients are clipped at {clipping}: "gradient_clipping": 0.0 stops that')
+    settings = engine.basic_optimizer.param_groups[0]
+    if type(engine.basic_optimizer) is not torch.optim.SGD or settings["lr"] != 0.1:
+        raise UserError(
+            f"not yet: TODO 1, the optimizer is {type(engine.basic_optimizer).__name__} with lr {settings['lr']},"
+            " want SGD with lr 0.1"
+        )
+    for step in range(STEPS):
+        batches = [block[rank].to(engine.device) for block in data[step]]
+        train_step(engine, [(block[:, :3], block[:, 3:]) for block in batches])
 
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
     for block in data:
         optimizer.zero_grad()
         mse_loss(reference(block[..., :3]), block[..., 3:]).backward()  # the whole global batch at once
         optimizer.step()
-    batch = engine.train_batch_size()
-    if batch != MICRO_BATCH * ACCUMULATION * world:
-        raise UserError(f"global batch {batch}, want {MICRO_BATCH} x {ACCUMULATION} x {world}: look at TODO 1")
     if engine.global_steps != STEPS:
         raise UserError(
-            f"{engine.global_steps} optimizer steps were made, want {STEPS}: engine.step() counts micro-batches,"
-            " so call it after every engine.backward()"
+            f"not yet: TODO 2, {engine.global_steps} optimizer steps were made, want {STEPS}: engine.step() counts"
+            " micro-batches, so call it after every engine.backward()"
         )
     moved = torch.cat([p.detach().cpu().flatten() for p in engine.module.parameters()])
     want = torch.cat([p.detach().flatten() for p in reference.parameters()])
     if not torch.allclose(moved, want, atol=1e-6):
         raise UserError(
-            f"the weights differ from plain PyTorch's by {(moved - want).abs().max():.1e}: engine.backward() already"
-            " divides by the accumulation steps, and gradients are clipped unless the config says 0.0"
+            f"not yet: TODO 2, the weights differ from plain PyTorch's by {(moved - want).abs().max():.1e}:"
+            " engine.backward() already divides by the accumulation steps"
         )
     print0("solved: the same weights as plain PyTorch")
     torch.distributed.destroy_process_group()

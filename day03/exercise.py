@@ -15,11 +15,11 @@ from pathlib import Path
 import deepspeed
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ is one level up
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
-from common.cpu import start_without_compiler
+from bench.world import join_world
 from common.errors import UserError, clear_errors
-from common.ranks import print0, require_launcher
+from common.ranks import print0
 
 # TODO: the config for this run. Global batch 64 on 2 ranks with micro-batches of 4. AdamW (torch_adam: true, so that
 # nothing is compiled) with weight decay 0.01. The learning rate rises linearly from 0 to 0.001 over the first 10
@@ -32,24 +32,30 @@ def check(config: dict) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     parser.parse_args()
-    require_launcher()
-    start_without_compiler()
+    join_world()
     if not config:
-        raise UserError("not yet: CONFIG is empty. Start with train_micro_batch_size_per_gpu and an optimizer.")
+        raise UserError("not yet: TODO, CONFIG is empty. Start with train_micro_batch_size_per_gpu and an optimizer.")
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 8)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    except Exception as error:  # whatever a config can do wrong
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"not yet: DeepSpeed refuses CONFIG: {type(error).__name__}: {reason}") from error
 
     def expect(what: str, got: object, want: object, key: str) -> None:
         if got != want:
-            raise UserError(f"{what} is {got}, want {want}: look at {key}")
+            raise UserError(f"not yet: {what} is {got}, want {want}: look at {key}")
 
     expect("the micro-batch", engine.train_micro_batch_size_per_gpu(), 4, "train_micro_batch_size_per_gpu")
     expect("the global batch on 2 ranks", engine.train_batch_size() * 2 // engine.dp_world_size, 64, "accumulation")
+    expect("an optimizer", engine.optimizer is not None, True, "optimizer")
     expect("the optimizer", type(engine.basic_optimizer).__name__, "AdamW", "optimizer.type")
     expect("the weight decay", engine.basic_optimizer.param_groups[0]["weight_decay"], 0.01, "optimizer.params")
     expect("clipping", engine.gradient_clipping(), 0.5, "gradient_clipping")
     expect("the ZeRO stage", engine.zero_optimization_stage(), 1, "zero_optimization.stage")
+
+    expect("the schedule", type(engine.lr_scheduler).__name__, "WarmupDecayLR", "scheduler.type")
 
     used = []  # the learning rate of each optimizer step
     while engine.global_steps < 100:
@@ -61,7 +67,8 @@ def check(config: dict) -> None:
         position = update - 1
         want = 0.001 * min(position / 10, (100 - position) / 90)
         if abs(used[update] - want) > 1e-6:
-            raise UserError(f"update {update} used learning rate {used[update]:.6f}, want {want:.6f}: scheduler.params")
+            got = f"update {update} used learning rate {used[update]:.6f}, want {want:.6f}"
+            raise UserError(f"not yet: {got}: look at scheduler.params")
     print0("solved: the engine does what the description says")
     torch.distributed.destroy_process_group()
 

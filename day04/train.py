@@ -18,7 +18,6 @@ from pathlib import Path
 import deepspeed
 import hjson
 import torch
-from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 from torch.utils.data import DataLoader, DistributedSampler
 
 HERE = Path(__file__).resolve().parent
@@ -33,6 +32,7 @@ from common.model import build_model, get_preset
 from common.ranks import print0, require_launcher
 from common.run_log import RunLog, default_run_dir
 from config.check import check
+from config.read import read_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -50,11 +50,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_config(path: str, changes: list[str]) -> dict:
-    """Read a config as DeepSpeed does (JSON with comments) and apply `zero_optimization.stage=2` and the like."""
-    if not Path(path).is_file():
-        raise UserError(f"no config file {path!r}: look at the path after --deepspeed_config")
-    config = hjson.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=dict_raise_error_on_duplicate_keys)
+def set_values(config: dict, changes: list[str]) -> None:
+    """Change `config` by `zero_optimization.stage=2` and the like."""
     for change in changes:
         dotted, equals, value = change.partition("=")
         if not equals:
@@ -66,7 +63,6 @@ def read_config(path: str, changes: list[str]) -> dict:
             if not isinstance(section, dict):
                 raise UserError(f"--set {change!r}: {name} is {section!r} in the config, not a section with keys")
         section[key] = hjson.loads(value)
-    return config
 
 
 def what_deepspeed_made_of_it(engine: deepspeed.DeepSpeedEngine) -> dict[str, object]:
@@ -92,7 +88,8 @@ def main() -> None:
     args = parse_args()
     require_launcher()
     start_without_compiler()
-    config = read_config(args.deepspeed_config, args.set)
+    config = read_config(args.deepspeed_config)  # as DeepSpeed reads it
+    set_values(config, args.set)
     findings = check(config, world_size=int(os.environ["WORLD_SIZE"]))
     for finding in findings:
         print0(str(finding))

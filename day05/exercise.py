@@ -9,21 +9,19 @@ The answers are in solution.py. Source: day05/notes.md.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ is one level up
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
-from common.cpu import start_without_compiler
+from bench.judge import start_judging
+from bench.world import join_world
 from common.errors import UserError, clear_errors
-from common.ranks import print0, require_launcher
+from common.ranks import print0
 
 PSI, STEPS, LR = 1009, 3, 0.01  # parameters: a prime, so that no number of ranks divides it
 
@@ -50,43 +48,32 @@ class ShardedAdamW:
         raise NotImplementedError
 
 
-def agree(problem: str | bool | None) -> None:
-    """Stop every rank with the first rank's problem. Collective: a rank that stops alone leaves the others waiting."""
-    problems = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if wrong := [f"rank {rank} {sentence}" for rank, sentence in enumerate(problems) if sentence]:
-        raise UserError(f"not yet: {wrong[0]}")
-
-
 def check(slice_of: Callable, sharded_adamw: type) -> None:
     """Train a flat vector both ways; UserError says what differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     parser.parse_args()
-    require_launcher()
-    start_without_compiler()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed()
-    rank, world, device = dist.get_rank(), dist.get_world_size(), get_accelerator().current_device_name()
+    device = join_world()
+    agree = start_judging()
+    rank, world = dist.get_rank(), dist.get_world_size()
     before, *gradients = torch.randn(1 + STEPS, PSI, generator=torch.Generator().manual_seed(0)).to(device)
     weights, want = before.clone(), before.clone()
     reference = torch.optim.AdamW([want], lr=LR)
-    try:
-        for psi, ranks, owner in [(10, 4, 0), (10, 4, 3), (12, 4, 3), *((PSI, world, owner) for owner in range(world))]:
-            size = -(-psi // ranks)
-            if (got := slice_of(psi, owner, ranks)) != (owner * size, (owner + 1) * size):
-                hint = f"Each slice is {size} long and starts where the one before ends; the last is padded."
-                raise UserError(f"not yet: slice_of({psi}, {owner}, {ranks}) is {got}. {hint}")
-        sharded = sharded_adamw(weights, lr=LR)
-        held = sum(p.numel() for group in sharded.adamw.param_groups for p in group["params"])
-        hint = "pad before you cut" if held < size else "its slice is enough, or each rank keeps all the moments"
-        agree(held != size and f"gave AdamW {held} elements, want {size}: {hint}.")
-        for gradient in gradients:
-            want.grad = gradient.clone()
-            reference.step()
-            sharded.step(gradient.clone())
-    except NotImplementedError:
-        raise UserError("not yet: a TODO still raises NotImplementedError. Fill it in and run this again.") from None
+    for psi, ranks, owner in [(10, 4, 0), (10, 4, 3), (12, 4, 3), *((PSI, world, owner) for owner in range(world))]:
+        size = -(-psi // ranks)
+        if (got := slice_of(psi, owner, ranks)) != (owner * size, (owner + 1) * size):
+            hint = f"Each slice is {size} long and starts where the one before ends; the last is padded."
+            raise UserError(f"not yet: TODO 1, slice_of({psi}, {owner}, {ranks}) is {got}. {hint}")
+    sharded = sharded_adamw(weights, lr=LR)
+    if not isinstance(getattr(sharded, "adamw", None), torch.optim.AdamW):
+        raise UserError("not yet: TODO 2, self.adamw is no torch.optim.AdamW.")
+    held = sum(p.numel() for group in sharded.adamw.param_groups for p in group["params"])
+    hint = "pad before you cut" if held < size else "its slice is enough, or each rank keeps all the moments"
+    agree(held != size and f"gave AdamW {held} elements, want {size}: {hint}.")
+    for gradient in gradients:
+        want.grad = gradient.clone()
+        reference.step()
+        sharded.step(gradient.clone())
 
     moments = sum(state["exp_avg"].numel() for state in sharded.adamw.state.values())
     agree(moments != size and f"has first moments of {moments} elements, want {size}: self.adamw makes every step.")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from common.errors import UserError
 from common.run_log import parse_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,6 +139,21 @@ def run_warm(script: str, *flags: object, timeout: int = 300, check: bool = True
     if torch.cuda.is_available():
         return run_plain(script, *flags, timeout=timeout, check=check, **env)
     return _fork([[script, *flags]], [env], timeout, check)
+
+
+def run_answer(day: str, answer: str, folder: Path, ranks: int = 1) -> Run:
+    """Run the check of `day`'s exercise on its solution with `answer`, Python code that changes some of it."""
+    script = folder / "answer.py"
+    solution = (ROOT / day / "solution.py").read_text().replace("__file__", repr(str(ROOT / day / "solution.py")))
+    script.write_text(solution.replace("\nif __name__", f"\n{answer}\n\nif __name__"))
+    return run_ranks(script, ranks=ranks, check=False)
+
+
+def launch_warm(ranks: int, *words: object, port: int | None = None) -> None:
+    """Stands in for `bench.world.launch`, without the launcher's ten seconds."""
+    run = run_ranks(*words, ranks=ranks, check=False)
+    if run.code:
+        raise UserError(f"error: {error_line(run)}")
 
 
 def _fork(commands: list[list[object]], envs: list[dict[str, str]], timeout: int, check: bool) -> Run:

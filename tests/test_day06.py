@@ -5,8 +5,10 @@ import re
 
 import pytest
 
-from tests.launch import error_line, run_day, run_ranks
+from tests.launch import SMALL_CORPUS, error_line, run_answer, run_day, run_ranks
+from tests.render import ROOT
 
+CORPUS = ("--corpus", SMALL_CORPUS)
 ALL_GRADIENTS = 17_094_656  # bytes, fp32, preset mini
 
 
@@ -21,7 +23,7 @@ def life_of_gradients(run) -> list[list[tuple[int, int]]]:
 
 @pytest.mark.launch
 def test_zero2_holds_its_slice_from_the_first_micro_batch_on(tmp_path):
-    run = run_day("day06/train.py", "--steps", 2, "--run_dir", tmp_path)
+    run = run_day("day06/train.py", "--steps", 2, *CORPUS, "--run_dir", tmp_path)
     assert "zero stage 2 | gradients partitioned True | bucket 500,000 elements" in run.stdout
     *micro_batches, after_step = life_of_gradients(run)
     assert len(micro_batches) == 4
@@ -33,7 +35,7 @@ def test_zero2_holds_its_slice_from_the_first_micro_batch_on(tmp_path):
 
 @pytest.mark.launch
 def test_zero1_holds_all_gradients_until_the_last_micro_batch(tmp_path):
-    flags = ["--deepspeed_config", "day06/ds_config_zero1.json", "--steps", 2, "--run_dir", tmp_path]
+    flags = ["--deepspeed_config", "day06/ds_config_zero1.json", "--steps", 2, *CORPUS, "--run_dir", tmp_path]
     run = run_ranks("day06/train.py", *flags, ranks=2)
     assert "zero stage 1 | gradients partitioned False" in run.stdout
     *first_three, last, _ = life_of_gradients(run)
@@ -45,7 +47,7 @@ def test_zero1_holds_all_gradients_until_the_last_micro_batch(tmp_path):
 
 @pytest.mark.launch
 def test_compare_counts_what_the_arithmetic_says(tmp_path):
-    run_ranks("day06/labs/compare.py", "--steps", 4, "--run_dir", tmp_path, ranks=2)
+    run_ranks("day06/labs/compare.py", "--steps", 4, *CORPUS, "--run_dir", tmp_path, ranks=2)
     table = json.loads((tmp_path / "compare.json").read_text())["table"]
     rows = {(row["config"], row["accumulation"]): row for row in table}
     half = ALL_GRADIENTS / 2  # (N - 1)/N of a gradient, the unit in which a ring sends, N = 2
@@ -66,23 +68,38 @@ def test_compare_counts_what_the_arithmetic_says(tmp_path):
     assert (tmp_path / "gradient_bytes.png").exists() and (tmp_path / "sent_bytes.png").exists()
 
 
+def test_pages_give_the_bytes_that_compare_counts():
+    """In the units of the test above: data parallelism 2, stages 1 and 2 three, or two with the key."""
+    for language, wrong in (("", "stays that of data parallelism"), (".zh", "通信量与数据并行相同")):
+        text = (ROOT / f"config/README{language}.md").read_text()
+        assert "3Ψ" in text and "use_multi_rank_bucket_allreduce" in text and wrong not in text
+        assert "as many bytes as plain data parallelism" not in text
+        table = (ROOT / f"day01/notes{language}.md").read_text()
+        (gather,) = [row for row in re.findall(r"^\| all-gather.*$", table, re.M) if "S(N" in row]
+        assert "ZeRO-1" in gather and "ZeRO-3" in gather
+
+
 @pytest.mark.launch
 def test_a_stage_without_gradient_buckets_gets_one_sentence(tmp_path):
-    flags = ["--deepspeed_config", "day05/ds_config_zero0.json", "--run_dir", tmp_path]
+    flags = ["--deepspeed_config", "day05/ds_config_zero0.json", *CORPUS, "--run_dir", tmp_path]
     run = run_ranks("day06/train.py", *flags, check=False)
     assert error_line(run) == "zero stage 0 in day05/ds_config_zero0.json: this day needs 1 or 2"
 
 
 @pytest.mark.launch
+def test_steps_too_few_to_time_get_one_sentence(tmp_path):
+    run = run_ranks("day06/labs/compare.py", "--steps", 3, "--run_dir", tmp_path, check=False)
+    assert error_line(run).startswith("--steps 3: at least 4")
+
+
+@pytest.mark.launch
 @pytest.mark.parametrize(
-    ("script", "steps"),
+    ("change", "sentence"),
     [
-        ("day06/labs/compare.py", 3),
-        ("day07/labs/compare.py", 5),
-        ("day07/labs/speed.py", 4),
-        ("day10/labs/compare.py", 2),
+        ("GradientSlice.flush = lambda self: self.bucket.clear()", "rank 0 averaged 0 of 1861 elements"),
+        ("GradientSlice.bucket_size = property(lambda self: 1, lambda self, size: None)", "rank 0 averaged [2, 118, "),
     ],
 )
-def test_steps_too_few_to_time_get_one_sentence(script, steps, tmp_path):
-    run = run_ranks(script, "--steps", steps, "--run_dir", tmp_path, check=False)
-    assert error_line(run).startswith(f"--steps {steps}: ")
+def test_wrong_answers_get_one_sentence(change, sentence, tmp_path):
+    run = run_answer("day06", change, tmp_path, ranks=2)
+    assert run.code != 0 and f"not yet: {sentence}" in error_line(run) and "Traceback" not in run.stderr

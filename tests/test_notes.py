@@ -99,6 +99,46 @@ def test_notes_have_the_sections_of_the_house_in_order(notes, language):
     assert [heading for heading in headings if heading in expected] == expected
 
 
+def missing_days(text: str) -> list[str]:
+    """Mentions of a day that is not in the repository and is not marked as planned: "day 20", "days 08 and 09"."""
+    day_list = r"\d\d(?:(?:, | and | or | to |–|-|、| 和 | 到 )\d\d)*"
+    missing = []
+    for mention in re.finditer(rf"\bdays? {day_list}|第 {day_list} 天", text, re.I):
+        days = [int(number) for number in re.findall(r"\d\d", mention[0])]
+        if re.search(r"–|-| to |到", mention[0]):
+            days = range(min(days), max(days) + 1)
+        marked = text[mention.end() :].startswith((" (planned)", "（计划中）"))
+        if not marked and any(1 <= day <= 28 and not (ROOT / f"day{day:02}/notes.md").exists() for day in days):
+            missing.append(mention[0])
+    return missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_no_page_points_at_a_day_that_is_not_there(page):
+    assert not missing_days(page.read_text(encoding="utf-8")), "write `day 20 (planned)`, or leave it out"
+
+
+def test_a_day_that_is_not_there_is_found():
+    there = next(number for number in range(1, 29) if (ROOT / f"day{number:02}").exists())
+    assert missing_days(f"day {there:02}, day 99, day 40") == []  # no day of the course: not ours to judge
+    planned = [number for number in range(1, 29) if not (ROOT / f"day{number:02}").exists()]
+    for number in planned:
+        for text in (
+            f"as day {number:02} shows",
+            f"days {there:02} and {number:02}",
+            f"（day {number:02}）",
+            f"第 {number:02} 天",
+        ):
+            assert missing_days(text), text
+        assert not missing_days(f"day {number:02} (planned)") and not missing_days(f"day {number:02}（计划中）")
+
+
+def test_the_readme_says_what_common_is():
+    for page in ("README.md", "README.zh.md"):
+        text = (ROOT / page).read_text()
+        assert "`common/cpu.py`" in text and "without any DeepSpeed" not in text and "没有任何 DeepSpeed" not in text
+
+
 @pytest.mark.launch
 def test_launcher_options_exist():
     from tests.launch import DEEPSPEED, run_command

@@ -28,6 +28,17 @@ OPS = {
 }
 
 
+# Backend -> whose. gloo and nccl (NVIDIA) have run this course; the others are what DeepSpeed's accelerator/ names.
+BACKENDS = {
+    "gloo": "CPU ranks",
+    "nccl": "NVIDIA; RCCL on AMD",
+    "hccl": "Ascend, Intel Gaudi",
+    "cncl": "Cambricon",
+    "xccl": "Intel GPUs",
+    "ccl": "Intel, oneCCL",
+}
+
+
 class Row(NamedTuple):
     """One line of the report; `required` rows decide the exit code, the others say what waits for them."""
 
@@ -79,17 +90,19 @@ def check_devices() -> Iterator[Row]:
     yield Row("accelerator", accelerator.device_name(), True)
     if on_cpu:
         yield Row("CPU cores", os.cpu_count(), os.cpu_count() > 1, "one core trains, slowly")
-        backend = "gloo"  # what ranks use here: DeepSpeed's own name for the CPU, ccl, needs Intel's library
+        backend = "gloo"  # what ranks use here: ccl, which DeepSpeed takes where it is installed, is Intel's library
     else:
         for index in range(accelerator.device_count()):
             memory = accelerator.total_memory(index) / 2**30
             yield Row(f"device {index}", torch.get_device_module().get_device_name(index), True)
             yield Row(f"device {index} memory", f"{memory:.1f} GiB", True)
+    if torch.version.cuda and not on_cpu:  # NVIDIA's; AMD's build of torch calls itself cuda as well
         driver = version_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         yield Row("driver", driver or "unknown", bool(driver), "nvidia-smi is not on the PATH")
         yield Row("CUDA of torch", torch.version.cuda, True)
     ready = torch.distributed.is_available() and torch.distributed.is_backend_available(backend)
-    yield Row("communication backend", backend, ready, "this build of torch has no such backend: reinstall torch", True)
+    shown = f"{backend} ({BACKENDS.get(backend, 'ask its maker')})"
+    yield Row("communication backend", shown, ready, "this build of torch has no such backend: reinstall torch", True)
     for name, advice in (("bf16", "use fp16, or fp32"), ("fp16", "use bf16, or fp32")):
         supported = bool(getattr(accelerator, f"is_{name}_supported")())
         yield Row(name, "supported" if supported else "not supported", supported, advice)

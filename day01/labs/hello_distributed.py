@@ -15,16 +15,14 @@ import os
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ is one level up
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-from common.cpu import start_without_compiler
+from bench.world import join_world
 from common.errors import UserError, clear_errors
-from common.ranks import print0, require_launcher
+from common.ranks import print0
 
 
 def parse_args() -> argparse.Namespace:
@@ -45,18 +43,15 @@ def show(title: str, tensor: torch.Tensor) -> None:
 
 def main() -> None:
     args = parse_args()
-    require_launcher()
-    start_without_compiler()
-    local_rank = int(os.environ["LOCAL_RANK"])
-    get_accelerator().set_device(local_rank)  # first of all: without it, every rank would use GPU 0
-    deepspeed.init_distributed()  # gloo on CPU, NCCL on NVIDIA GPUs
+    device = join_world()  # set_device, without which every rank would use GPU 0; then deepspeed.init_distributed
     rank, world = dist.get_rank(), dist.get_world_size()
     if args.numel < 1 or args.numel % world:
         raise UserError(f"--numel {args.numel} cannot be cut into {world} equal parts; try --numel {2 * world}")
-    device = torch.device(get_accelerator().device_name(local_rank))
 
     names = [None] * world
-    dist.all_gather_object(names, f"rank {rank} of {world} | local rank {local_rank} | {device} | {dist.get_backend()}")
+    dist.all_gather_object(
+        names, f"rank {rank} of {world} | local rank {os.environ['LOCAL_RANK']} | {device} | {dist.get_backend()}"
+    )
     print0("\n".join(names))
 
     mine = torch.arange(args.numel, dtype=torch.float32, device=device) + 10 * (rank + 1)
@@ -75,13 +70,13 @@ def main() -> None:
     part = torch.empty(args.numel // world, device=device)
     dist.reduce_scatter(part, list(mine.chunk(world)))
     show(
-        f"\nreduce-scatter: each gets its part of the sum (ZeRO-2: gradients) | S(N-1)/N = {size * share:.0f} bytes",
+        f"\nreduce-scatter: each gets its part of the sum (ZeRO-3: gradients) | S(N-1)/N = {size * share:.0f} bytes",
         part,
     )
 
     parts = [torch.empty_like(part) for _ in range(world)]
     dist.all_gather(parts, part)
-    show(f"\nall-gather: each gets all parts (ZeRO-3: weights) | S(N-1)/N = {size * share:.0f} bytes", torch.cat(parts))
+    show(f"\nall-gather: each gets all parts (ZeRO: weights) | S(N-1)/N = {size * share:.0f} bytes", torch.cat(parts))
     print0("\nreduce-scatter + all-gather = all-reduce, in result and in bytes: the identity that ZeRO lives on")
     dist.destroy_process_group()
 

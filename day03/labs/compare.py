@@ -10,47 +10,67 @@ Checked with deepspeed 0.19.8. Source: https://www.deepspeed.ai/docs/config-json
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 from statistics import median
 
+from deepspeed.accelerator import get_accelerator
+
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-import torch
-
+from bench.table import Table
+from bench.world import default_ranks, launch
 from common.errors import UserError, clear_errors
-from common.plots import plot_bars, plot_loss
-from common.results import this_command, write_results
+from common.plots import plot_loss
 from common.run_log import default_run_dir, read_rows, show_path
+from config.read import read_config
 
 # On CPU these need 16-bit arithmetic in the processor (else it is emulated, slowly) or a compiler. --configs runs them.
 ONLY_ON_GPU = {f"ds_config_{name}.json" for name in ("bf16", "fp16", "autocast", "fused_adam")}
+COLUMNS = {
+    "train": "train_loss:.4f",
+    "held-out": "held_out_loss:.4f",
+    "tok/s": "tokens_per_s:,.0f",
+    "held GiB": "held_gib:.4f",
+    "peak GiB": "peak_gib:.2f",
+}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", help="JSON files to compare (default: those of day03/)")
-    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2, help="processes, or GPUs")
+    parser.add_argument("--ranks", type=int, default=default_ranks(), help="processes, or accelerators")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps (not micro-batches)")
     parser.add_argument("--log_every", type=int, default=10, help="optimizer steps between two log lines")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
-    parser.add_argument("--run_dir", default=default_run_dir("day03"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day03"), help="folder for compare.json, plots, and runs")
     parser.add_argument("--model", default="tiny", help="preset of common/model.py")
-    parser.add_argument("--port", type=int, default=29500, help="port on which rank 0 waits for the others")
+    parser.add_argument("--corpus", default="all", help="shipped corpus, text file, or Hugging Face data set")
     return parser.parse_args()
+
+
+def chosen_configs(names: list[str] | None) -> list[Path]:
+    """The files named, or those of day 03 that this machine trains in a sensible time; UserError for two of a name."""
+    configs = [Path(name) for name in names or sorted(HERE.glob("ds_config*.json"))]
+    if not names and get_accelerator().device_name() == "cpu":
+        print(f"left out on CPU: {', '.join(sorted(ONLY_ON_GPU))}")
+        configs = [config for config in configs if config.name not in ONLY_ON_GPU]
+    for config in configs:
+        read_config(config)  # a bad file is told before the first one has trained for minutes
+        if [other.stem for other in configs].count(config.stem) > 1:
+            raise UserError(f"two configs are called {config.stem}: copy one to another name, the table goes by it")
+    return configs
 
 
 def train(config: Path, run_dir: Path, args: argparse.Namespace) -> list[dict]:
     """Run train.py with `config` through the launcher, as a reader would, and return its log rows."""
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", args.ranks]
-    command += ["--master_port", args.port, HERE / "train.py", "--deepspeed_config", config, "--run_dir", run_dir]
-    command += ["--steps", args.steps, "--log_every", args.log_every, "--seed", args.seed, "--model", args.model]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "Error" in line or line.startswith("error: ")]
-        raise UserError(f"training with {show_path(config)} failed: {lines[-1] if lines else done.stderr[-500:]}")
+    flags = ["--steps", args.steps, "--log_every", args.log_every, "--seed", args.seed, "--model", args.model]
+    flags += ["--corpus", args.corpus, "--run_dir", run_dir]
+    try:
+        launch(args.ranks, HERE / "train.py", "--deepspeed_config", config, *flags)
+    except UserError as error:
+        raise UserError(f"training with {show_path(config)} failed: {error}") from error
     return read_rows(run_dir)
 
 
@@ -68,32 +88,17 @@ def summary(rows: list[dict]) -> dict:
 
 def main() -> None:
     args = parse_args()
-    configs = [Path(name) for name in args.configs or sorted(HERE.glob("ds_config*.json"))]
-    if not args.configs and not torch.cuda.is_available():
-        print(f"left out on CPU: {', '.join(sorted(ONLY_ON_GPU))}")
-        configs = [config for config in configs if config.name not in ONLY_ON_GPU]
+    configs = chosen_configs(args.configs)
+    run_dir = Path(args.run_dir)
+    table = Table(run_dir / "compare.json", COLUMNS, width=24, ranks=args.ranks, steps=args.steps)
     for config in configs:
-        if not config.exists():
-            raise UserError(f"no config file {config}")
-        if [other.stem for other in configs].count(config.stem) > 1:
-            raise UserError(f"two configs are called {config.stem}: copy one to another name, the table goes by it")
-
-    run_dir, runs, table = Path(args.run_dir), {}, []
-    print(f"{'config':24} {'train':>8} {'held-out':>8} {'tok/s':>9} {'held GiB':>9} {'peak GiB':>9}")
-    for config in configs:
-        name = config.stem
-        runs[name] = train(config, run_dir / name, args)
-        row = summary(runs[name])
-        table.append({"config": config.name, **row, "rows": runs[name]})
-        losses = f"{row['train_loss']:8.4f} {row['held_out_loss']:8.4f}"
-        print(f"{name:24} {losses} {row['tokens_per_s']:9.0f} {row['held_gib']:9.4f} {row['peak_gib']:9.2f}")
-
-    write_results(run_dir / "compare.json", this_command(), ranks=args.ranks, steps=args.steps, table=table)
-    plot_loss(runs, run_dir / "loss.png", f"{args.model}, {args.ranks} ranks")
-    plot_bars(
-        {n: summary(rows)["tokens_per_s"] for n, rows in runs.items()}, run_dir / "speed.png", "speed", "tokens/s"
+        rows = train(config, run_dir / config.stem, args)
+        table.add({"case": config.stem, "config": config.name, **summary(rows), "rows": rows})
+    plot_loss(
+        {row["case"]: row["rows"] for row in table.rows}, run_dir / "loss.png", f"{args.model}, {args.ranks} ranks"
     )
-    print(f"table: {show_path(run_dir / 'compare.json')} | plots: {show_path(run_dir)}/loss.png, speed.png")
+    table.bars("tokens_per_s", "tokens/s", "speed", name="speed")
+    table.close()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Checked with deepspeed 0.19.8. Source: https://www.deepspeed.ai/docs/config-json
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 from statistics import median
@@ -18,12 +17,10 @@ from statistics import median
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-import torch
-
+from bench.table import Table
+from bench.world import default_ranks, launch
 from common.errors import UserError, clear_errors
-from common.plots import plot_bars
-from common.results import this_command, write_results
-from common.run_log import default_run_dir, read_rows, show_path
+from common.run_log import default_run_dir, read_rows
 
 # One option each, or several joined by commas where one needs another.
 VARIANTS = [
@@ -39,59 +36,58 @@ VARIANTS = [
 ]
 
 
+COLUMNS = {
+    "tok/s": "tokens_per_s:,.0f",
+    "relative": "relative:.2f",
+    "held GiB": "held_gib:.4f",
+    "peak GiB": "peak_gib:.2f",
+}
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deepspeed_config", default=str(HERE / "ds_config.json"), help="DeepSpeed JSON config")
     parser.add_argument(
         "--variants", nargs="+", default=VARIANTS, help="key=value[,key=value] of the config, one a run"
     )
-    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2, help="processes, or GPUs")
+    parser.add_argument("--ranks", type=int, default=default_ranks(), help="processes, or accelerators")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps (not micro-batches)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
-    parser.add_argument("--run_dir", default=default_run_dir("day04"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day04"), help="folder for tune.json, speed.png, and runs")
     parser.add_argument("--model", default="tiny", help="preset of common/model.py")
-    parser.add_argument("--port", type=int, default=29500, help="port on which rank 0 waits for the others")
+    parser.add_argument("--corpus", default="all", help="shipped corpus, text file, or Hugging Face data set")
     return parser.parse_args()
 
 
 def measure(variant: str, run_dir: Path, args: argparse.Namespace) -> dict:
     """Run train.py with `variant` through the launcher; a variant that fails says so in its row."""
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", args.ranks]
-    command += ["--master_port", args.port, HERE / "train.py", "--deepspeed_config", args.deepspeed_config]
-    command += ["--steps", args.steps, "--log_every", 5, "--seed", args.seed, "--model", args.model]
-    command += ["--run_dir", run_dir] + (["--set", *variant.split(",")] if variant else [])
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    row = {"variant": variant.replace("zero_optimization.", "") or "unchanged"}
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "Error" in line or line.startswith("error: ")]
-        return row | {"error": lines[-1] if lines else f"exit code {done.returncode}"}
+    flags = ["--steps", args.steps, "--log_every", 5, "--seed", args.seed, "--model", args.model]
+    flags += ["--corpus", args.corpus, "--run_dir", run_dir] + (["--set", *variant.split(",")] if variant else [])
+    try:
+        launch(args.ranks, HERE / "train.py", "--deepspeed_config", args.deepspeed_config, *flags)
+    except UserError as error:
+        return {"error": str(error)}
     rows = read_rows(run_dir)
     steps = [step for step in rows if "loss" in step]
     speed = median(step["tokens_per_s"] for step in steps[1:] or steps)  # the first line pays for starting up
-    return row | {"tokens_per_s": speed, "held_gib": rows[-1]["held_gib"], "peak_gib": steps[-1]["memory_gib"]}
+    return {"tokens_per_s": speed, "held_gib": rows[-1]["held_gib"], "peak_gib": steps[-1]["memory_gib"]}
 
 
 def main() -> None:
     args = parse_args()
-    run_dir, table = Path(args.run_dir), []
-    print(f"{'variant':64} {'tok/s':>9} {'relative':>8} {'held GiB':>9} {'peak GiB':>9}")
+    run_dir = Path(args.run_dir)
+    table = Table(run_dir / "tune.json", COLUMNS, width=64, ranks=args.ranks, steps=args.steps)
     for number, variant in enumerate(["", *args.variants]):
         row = measure(variant, run_dir / str(number), args)
         if not variant and "error" in row:
             raise UserError(f"the unchanged config does not train, so nothing can be compared: {row['error']}")
-        row["relative"] = row["tokens_per_s"] / (table or [row])[0]["tokens_per_s"] if "error" not in row else None
-        table.append(row)
-        # after each row, so that an interrupted run leaves what it has
-        write_results(run_dir / "tune.json", this_command(), ranks=args.ranks, steps=args.steps, table=table)
-        if "error" in row:
-            print(f"{row['variant']:64} {row['error']}")
-        else:
-            speed = f"{row['tokens_per_s']:9.0f} {row['relative']:7.2f}x"
-            print(f"{row['variant']:64} {speed} {row['held_gib']:9.4f} {row['peak_gib']:9.2f}")
-
-    speeds = {row["variant"]: row["tokens_per_s"] for row in table if "error" not in row}
-    plot_bars(speeds, run_dir / "speed.png", f"{args.model}, {args.ranks} ranks", "tokens/s")
-    print(f"table: {show_path(run_dir / 'tune.json')} | plot: {show_path(run_dir / 'speed.png')}")
+        if "error" not in row:
+            unchanged = table.rows[0] if table.rows else row
+            row["relative"] = row["tokens_per_s"] / unchanged["tokens_per_s"]
+        name = variant.replace("zero_optimization.", "") or "unchanged"
+        table.add({"case": name, "variant": name, **row})
+    table.bars("tokens_per_s", "tokens/s", f"{args.model}, {args.ranks} ranks", name="speed")
+    table.close()
 
 
 if __name__ == "__main__":
