@@ -29,9 +29,9 @@ def choose(root: Path, section: dict[str, Any]) -> Path | None:
     if rejected and found is None:
         raise UserError(f"none of the {len(rejected)} checkpoints in {show_path(root)} is whole: move them away first")
     rank, world = ckpt.rank_and_world()
-    if rank == 0:
-        ckpt.clear_up(root, found)
-    torch.distributed.barrier()  # nobody looks while rank 0 clears up
+    with ckpt.all_or_none("clearing up", root):  # nobody looks while rank 0 does
+        if rank == 0:
+            ckpt.clear_up(root, found)
     if found is None:
         print0(f"resume: no checkpoint in {show_path(root)}, starting at step 0")
         return None
@@ -69,9 +69,10 @@ def load(engine: deepspeed.DeepSpeedEngine, found: Path) -> int:
 
 
 def save(engine: deepspeed.DeepSpeedEngine, root: Path, step: int, keep_last: int, held_out: float | None) -> None:
-    """Day 17's save; then the conversions go, which a newer checkpoint has outdated. Collective."""
+    """Day 17's save, which refuses weights that are not finite; then outdated conversions go. Collective."""
     save_whole(engine, root, step, keep_last, held_out)
-    if engine.global_rank == 0:
-        for universal in root.glob("universal_*"):
-            ckpt.remove(universal)
-        (root / "latest_universal").unlink(missing_ok=True)
+    with ckpt.all_or_none("removing conversions", root):
+        if engine.global_rank == 0:
+            for universal in root.glob("universal_*"):
+                ckpt.remove(universal)
+            (root / "latest_universal").unlink(missing_ok=True)

@@ -62,9 +62,10 @@ def choose(root: Path, config: dict) -> tuple[Path | None, dict]:
         print0(f"not trusted: {sentence}")
     if rejected and found is None:
         raise UserError(f"none of the {len(rejected)} checkpoints in {show_path(root)} is whole: move them away first")
-    if dist.get_rank() == 0:
-        ckpt.clear_up(root, found)
-        (root.parent / ckpt.FINISHED).unlink(missing_ok=True)  # of an earlier command with fewer steps
+    with ckpt.all_or_none("clearing up", root):
+        if dist.get_rank() == 0:
+            ckpt.clear_up(root, found)
+            (root.parent / ckpt.FINISHED).unlink(missing_ok=True)  # of an earlier command with fewer steps
     if found is None:
         print0(f"resume: no checkpoint in {show_path(root)}, starting at step 0")
         return None, {}

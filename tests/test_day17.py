@@ -1,7 +1,7 @@
 """Day 17: a checkpoint is whole or not there; what is damaged is not trusted; signals, disks and prunes leave it so."""
 
 import json
-import multiprocessing
+import math
 import os
 import re
 import shutil
@@ -10,23 +10,30 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from common.errors import UserError
 from day17 import checkpoints as ckpt
-from tests.launch import ROOT, _rank, error_line, free_port, run_day, run_ranks
+from day17.saving import refuse_what_is_not_finite
+from tests.launch import ROOT, SMALL_CORPUS, error_line, run_day, run_ranks, run_warm, start_ranks
 
-FLAGS = ["--corpus", "moby_dick", "--log_every", 2]
+FLAGS = ["--corpus", SMALL_CORPUS, "--log_every", 2]
+LEFT = "zero_pp_rank_3_mp_rank_00_optim_states.pt"  # what a run on four ranks wrote before it was killed
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A run of 8 steps that saved every 2: (what it printed, its folder of checkpoints)."""
+    """A run of 8 steps that saved every 2, where another had been killed: (what it printed, its checkpoints)."""
     run_dir = tmp_path_factory.mktemp("day17")
-    run = run_day("day17/train.py", "--steps", 8, "--save_every", 2, *FLAGS, "--run_dir", run_dir)
-    return run, run_dir / "checkpoints"
+    root = run_dir / "checkpoints"
+    (root / "partial_step000002").mkdir(parents=True)
+    (root / "partial_step000002" / LEFT).write_bytes(b"half")
+    run = run_day("day17/train.py", "--steps", 8, "--save_every", 2, "--keep_last", 4, *FLAGS, "--run_dir", run_dir)
+    return run, root
 
 
 @pytest.mark.launch
@@ -36,10 +43,12 @@ def test_saves_every_n_steps_and_keeps_the_last_and_the_best(saved):
     assert re.findall(r"^saved (step\d+): [\d,]+ bytes, stood [\d.]+ s", run.stdout, re.M) == [
         f"step{step:06d}" for step in (2, 4, 6, 8)
     ]
-    assert [folder.name for folder in ckpt.checkpoints(root)] == ["step000008", "step000006"]  # the last is the best
+    kept = re.findall(r"kept (.*)$", run.stdout, re.M)[-1]
+    assert kept.split() == [folder.name for folder in ckpt.checkpoints(root)] == [f"step{n:06d}" for n in (8, 6, 4, 2)]
     assert (root / "latest").read_text() == "step000008" and not list(root.glob("partial_*"))
-    listing = subprocess.run([sys.executable, "day17/checkpoints.py", root], cwd=ROOT, capture_output=True, text=True)
-    assert listing.stdout.count("good: 5 files") == 2 and "2 ranks, stage 2" in listing.stdout
+    listing = run_warm("day17/checkpoints.py", root).stdout
+    assert listing.count("good: 5 files") == 4 and "2 ranks, stage 2" in listing
+    assert json.loads((root.parent / "finished.json").read_text()) == {"step": 8}
 
 
 @pytest.mark.launch
@@ -95,22 +104,16 @@ def test_a_used_folder_gets_one_sentence(saved):
 
 
 @pytest.mark.launch
-def test_numbers_out_of_range_get_one_sentence(tmp_path):
-    for script in ("day17/train.py", "day18/train.py"):  # --keep_last 0 would remove the checkpoint just saved
-        assert error_line(run_ranks(script, "--dropout", 1, check=False)).startswith("--dropout 1.0: the part of the")
-        for flag, value in (("--save_every", 0), ("--keep_last", -1)):
-            run = run_ranks(script, flag, value, "--run_dir", tmp_path, check=False)
-            assert f"{flag} {value}" in error_line(run) and "both must be at least 1" in error_line(run)
+def test_numbers_out_of_range_get_one_sentence(tmp_path):  # --keep_last 0 would remove the checkpoint just saved
+    assert error_line(run_ranks("day17/train.py", "--dropout", 1, check=False)).startswith("--dropout 1.0: the part")
+    for flag, value in (("--save_every", 0), ("--keep_last", -1)):
+        run = run_ranks("day17/train.py", flag, value, "--run_dir", tmp_path, check=False)
+        assert f"{flag} {value}" in error_line(run) and "both must be at least 1" in error_line(run)
 
 
 @pytest.mark.launch
-def test_what_an_earlier_kill_left_does_not_get_into_a_checkpoint(tmp_path):
-    # of a run on four ranks
-    left = tmp_path / "checkpoints/partial_step000002/zero_pp_rank_3_mp_rank_00_optim_states.pt"
-    left.parent.mkdir(parents=True)
-    left.write_bytes(b"half")
-    run_ranks("day17/train.py", "--steps", 2, *FLAGS, "--run_dir", tmp_path)
-    assert left.name not in ckpt.read_manifest(tmp_path / "checkpoints/step000002")["files"]
+def test_what_an_earlier_kill_left_does_not_get_into_a_checkpoint(saved):
+    assert LEFT not in ckpt.read_manifest(saved[1] / "step000002")["files"]
 
 
 def publish_one(root: Path, step: int, held_out_loss: float | None, content: bytes = b"weights") -> None:
@@ -126,6 +129,119 @@ def test_keep_last_and_best(tmp_path):
         kept = ckpt.prune(tmp_path, keep_last=2)
     assert kept == ["step000005", "step000004", "step000002"]  # step 2 is the best
     assert (tmp_path / "latest").read_text() == "step000005"
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path):
+    for step, loss in ((1, 6.12), (2, 5.70), (3, math.nan), (4, -math.inf)):
+        publish_one(tmp_path, step, loss)
+        kept = ckpt.prune(tmp_path, keep_last=1)
+    assert kept == ["step000004", "step000002"]
+    assert ckpt.problem_with(tmp_path / "step000004") == "its held-out loss is -inf"
+    found, rejected = ckpt.newest_good(tmp_path)
+    assert found.name == "step000002" and rejected == ["step000004 (its held-out loss is -inf)"]
+
+
+@pytest.mark.launch
+def test_a_run_whose_loss_is_nan_ends_with_a_sentence_and_saves_nothing_of_it(tmp_path):
+    config = json.loads((ROOT / "day17/ds_config.json").read_text())
+    config["optimizer"]["params"]["lr"] = 1e30  # the schedule's first step is one of 0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    flags = ["--steps", 9, "--save_every", 1, "--keep_last", 1, "--corpus", SMALL_CORPUS, "--log_every", 99]
+    flags += ["--deepspeed_config", tmp_path / "config.json"]
+    run = run_ranks("day17/train.py", *flags, "--run_dir", tmp_path, ranks=2, check=False)
+    found = re.match(r"the held-out loss is nan at step (\d+): not saved, ", error_line(run))
+    good = int(found[1]) - 1
+    assert good and [folder.name for folder in ckpt.checkpoints(tmp_path / "checkpoints")] == [f"step{good:06d}"]
+    assert ckpt.problem_with(tmp_path / f"checkpoints/step{good:06d}") is None
+    assert not (tmp_path / "finished.json").exists()
+
+
+def test_weights_are_looked_at_where_no_loss_was_measured():
+    engine = SimpleNamespace(module=torch.nn.Linear(2, 2))
+    refuse_what_is_not_finite(engine, 7, None)
+    engine.module.weight.data[1, 1] = math.inf
+    with pytest.raises(UserError, match="weights that are NaN or infinite at step 7: not saved"):
+        refuse_what_is_not_finite(engine, 7, None)
+    engine.module.weight.ds_tensor = torch.zeros(2)  # under ZeRO-3: this rank's part
+    refuse_what_is_not_finite(engine, 7, None)
+
+
+# On two ranks, whatever fails on one of them: each rank writes what it was told, or "nothing".
+FAILURES = """
+import pickle, sys, os
+from pathlib import Path
+sys.path.insert(0, ROOT)
+import deepspeed, torch
+from bench.world import join_world
+from common.errors import UserError
+from day17 import checkpoints as ckpt
+from day17.saving import BackgroundWriter, save
+
+join_world()
+root, rank, write = Path(sys.argv[1]), ckpt.rank_and_world()[0], torch.save
+optimizer = {"type": "AdamW", "params": {"torch_adam": True}}
+config = {"train_micro_batch_size_per_gpu": 1, "optimizer": optimizer, "zero_optimization": {"stage": 2}}
+model = torch.nn.Linear(4, 4)
+engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+
+def told(name, action):
+    said = "nothing"
+    try:
+        action()
+    except UserError as error:
+        said = str(error)
+    (root / f"{name}_{rank}").write_text(said)
+
+def fail(error, mine):
+    if mine:
+        raise error
+
+def block(error, folder):
+    with ckpt.all_or_none("trying", folder):
+        fail(error, rank == 1)
+
+def write_only(bad_rank, bad_file, error):
+    def call(state, path, *args, **kwargs):
+        fail(error, rank == bad_rank and bad_file in str(path))
+        return write(state, path, *args, **kwargs)
+    torch.save = call
+
+for error in (pickle.PicklingError("lambda"), ValueError("bad"), MemoryError(), KeyError("x"), OSError(28, "full")):
+    told(type(error).__name__, lambda: block(error, root))
+told("folder", lambda: block(OSError(28, "full"), root / "not/there"))
+step = 0
+for bad_rank, bad_file in ((0, "model_states"), (0, "optim_states"), (1, "optim_states"), (1, "random_rank")):
+    write_only(bad_rank, bad_file, pickle.PicklingError("lambda"))
+    told(f"{bad_file}{bad_rank}", lambda: save(engine, root, step := 1, 1, None))
+engine.checkpoint_engine = BackgroundWriter(engine._config)
+
+def in_the_background(name):
+    engine.save_checkpoint(str(root), tag=f"partial_{name}", save_latest=False)
+    engine.checkpoint_engine.wait(root)
+    ckpt.publish(root / f"partial_{name}", name, step=2)
+
+write_only(1, "optim_states", RuntimeError("disk"))
+told("background", lambda: in_the_background("step000002"))
+write_only(None, "", None)
+told("healthy", lambda: in_the_background("step000003"))
+"""
+
+
+@pytest.mark.launch
+def test_a_failure_of_any_kind_on_one_rank_is_one_sentence_on_all(tmp_path):
+    (tmp_path / "failures.py").write_text(FAILURES.replace("ROOT", repr(str(ROOT))))
+    run_ranks(str(tmp_path / "failures.py"), tmp_path, ranks=2)
+    said = {path.name[:-2]: path.read_text() for path in tmp_path.glob("*_0")}
+    assert said == {path.name[:-2]: path.read_text() for path in tmp_path.glob("*_1")}
+    for name in ("PicklingError", "ValueError", "MemoryError", "KeyError", "OSError"):
+        assert said[name].startswith(f"trying failed on rank 1: {name}: ") and "bytes free in" in said[name]
+    assert "bytes free in" in said["folder"] and "not/there" in said["folder"]
+    for name in ("model_states0", "optim_states0", "optim_states1", "random_rank1"):
+        assert said[name].startswith(f"saving step000001 failed on rank {name[-1]}: PicklingError: lambda"), said[name]
+    assert said["background"].startswith("writing in the background failed on rank 1: RuntimeError: disk")
+    assert said["healthy"] == "nothing"
+    assert [folder.name for folder in ckpt.checkpoints(tmp_path)] == ["step000003"]
+    assert ckpt.problem_with(tmp_path / "step000003") is None
 
 
 def test_a_kill_between_any_two_operations_leaves_a_whole_newest(tmp_path, monkeypatch):
@@ -216,50 +332,48 @@ def test_random_state_comes_back_and_is_safe_to_load(tmp_path):
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == first
 
 
-def start_ranks(script: str, *flags: object, ranks: int = 2, folder: Path) -> list:
-    """Processes of a run that goes on: `run_ranks` waits, these can be killed."""
-    warm = multiprocessing.get_context("forkserver")
-    warm.set_forkserver_preload(["deepspeed", "transformers", "datasets", "matplotlib.pyplot"])
-    env = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    arguments, out = [str(script), *map(str, flags)], (folder / "stdout", folder / "stderr")
-    processes = [
-        warm.Process(target=_rank, args=(arguments, env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, *out))
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    return processes
-
-
 @pytest.mark.launch
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)])
-def test_a_signal_to_one_rank_saves_on_all_and_ends(number, tmp_path):
+def test_a_signal_to_one_rank_saves_on_all_and_ends(tmp_path):
     flags = ["--steps", 5000, "--save_every", 5000, "--run_dir", tmp_path, *FLAGS]
     processes = start_ranks("day17/train.py", *flags, folder=tmp_path)
-    ends = time.monotonic() + 120
-    while "step    4" not in ((tmp_path / "stdout").read_text() if (tmp_path / "stdout").exists() else ""):
+    ends = time.monotonic() + 300
+    while "step    2" not in (tmp_path / "stdout").read_text():
         assert time.monotonic() < ends and all(process.is_alive() for process in processes)
         time.sleep(0.05)
-    os.kill(processes[1].pid, number)
+    os.kill(processes[1].pid, signal.SIGTERM)
     for process in processes:
-        process.join(60)
+        process.join(120)
     assert [process.exitcode for process in processes] == [0, 0]
     found, _ = ckpt.newest_good(tmp_path / "checkpoints")
     step = int(found.name[4:])
-    assert f"stopped by {number.name} after step {step}, which is saved" in (tmp_path / "stdout").read_text()
+    assert f"stopped by SIGTERM after step {step}, which is saved" in (tmp_path / "stdout").read_text()
+    assert not (tmp_path / "finished.json").exists()
 
 
-def test_ranks_on_gpus_agree_through_gloo_where_no_host_waits_for_a_gpu(monkeypatch):
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def test_ranks_on_gpus_talk_through_gloo_where_no_host_waits_for_a_gpu_or_needs_one(monkeypatch):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    gather, through = dist.all_gather_object, []
+
+    def noting(values, value, group=None):
+        through.append(group)
+        gather(values, value, group)
+
+    monkeypatch.setattr(dist, "get_backend", lambda group=None: "nccl" if group is None else "gloo")
+    monkeypatch.setattr(dist, "all_gather_object", noting)
     try:
-        monkeypatch.setattr(dist, "get_backend", lambda group=None: "nccl" if group is None else "gloo")
-        monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-        stop = ckpt.StopSignals()
-        assert stop.agreed() is None and stop.group is not dist.group.WORLD
-        stop.seen, group = signal.SIGUSR1.value, stop.group
-        assert stop.agreed() == "SIGUSR1" and stop.group is group
+        for _ in range(2):  # a second world has a group of its own
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            stop, group = ckpt.StopSignals(), ckpt.host_group()
+            assert stop.agreed() is None and group is not dist.group.WORLD and group is ckpt.host_group()
+            assert ckpt.from_all_ranks("me") == ["me"] and through[-1] is group
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop.agreed() == "SIGUSR1"
+            dist.destroy_process_group()
     finally:
-        dist.destroy_process_group()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @pytest.mark.launch
@@ -271,14 +385,14 @@ def test_a_full_disk_ends_training_with_a_sentence_and_leaves_the_last_checkpoin
         pytest.skip("mounting a small tmpfs needs root")
     try:
         run = run_ranks(
-            "day17/train.py", "--steps", 9, "--save_every", 2, *FLAGS, "--run_dir", disk, ranks=2, check=False
+            "day17/train.py", "--steps", 9, "--save_every", 1, *FLAGS, "--run_dir", disk, ranks=2, check=False
         )
         assert run.code == 1
         sentence = error_line(run)
-        assert sentence.startswith("saving step000006 failed on rank") and "bytes free in" in sentence
+        assert sentence.startswith("saving step000003 failed on rank") and "bytes free in" in sentence
         assert "the checkpoints before it are untouched" in sentence
         found, rejected = ckpt.newest_good(disk / "checkpoints")
-        assert found.name == "step000004" and not rejected
+        assert found.name == "step000002" and not rejected
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -287,7 +401,7 @@ def test_a_full_disk_ends_training_with_a_sentence_and_leaves_the_last_checkpoin
 def test_compare_measures_what_works_and_says_what_does_not(tmp_path):
     cases = ["zero2", "background", "zero3", "frozen_left_out", "writer_no_parallel", "datastates"]
     run_ranks("day17/labs/compare.py", "--model", "tiny", "--cases", *cases, "--run_dir", tmp_path, ranks=2)
-    rows = {row["way"]: row for row in json.loads((tmp_path / "compare.json").read_text())["table"]}
+    rows = {row["case"]: row for row in json.loads((tmp_path / "compare.json").read_text())["table"]}
     num_params = 937_472
     assert rows["zero2"]["bytes"] == pytest.approx(16 * num_params, rel=0.01)  # weights twice, two moments
     assert rows["background"]["bytes"] == pytest.approx(rows["zero2"]["bytes"], rel=0.01)
@@ -296,3 +410,26 @@ def test_compare_measures_what_works_and_says_what_does_not(tmp_path):
     assert rows["frozen_left_out"]["bytes"] < 0.4 * rows["zero3"]["bytes"]
     assert "has no attribute 'dp_rank'" in rows["writer_no_parallel"]["result"]
     assert rows["datastates"]["result"].startswith("RuntimeError: Please install DataStates")
+
+
+TRUSTED = 'found.pop("sums", None) == sums(found)'
+WRONG = {  # what stands in the answer, what stands there instead -> what the exercise says of it
+    "without flush": ('        disk.flush(f"{partial}/{name}")\n', "", "after one save and a power cut"),
+    "final name": ('f"partial_step{step:06d}"', 'f"step{step:06d}"', "already under the final name"),
+    "raises": (TRUSTED, 'json.loads(found.pop("sums")) == json.loads(sums(found))', "Pass over what it cannot read"),
+    "trusts": (TRUSTED, 'found.pop("sums", None)', "with step000010/weights truncated"),
+}
+
+
+@pytest.mark.parametrize("answer", WRONG)
+def test_exercise_says_what_is_wrong_with_an_answer(answer, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["exercise.py"])
+    monkeypatch.setenv("RANK", "0")
+    right, instead, says = WRONG[answer]
+    solution = (ROOT / "day17/solution.py").read_text()
+    assert right in solution
+    names = {"__file__": str(ROOT / "day17/solution.py"), "__name__": "answer"}
+    exec(solution.replace(right, instead), names)
+    with pytest.raises(UserError, match="^not yet: ") as caught:
+        names["check"](names["save"], names["load_newest"])
+    assert says in str(caught.value)
