@@ -23,7 +23,7 @@ from deepspeed.accelerator import get_accelerator
 
 from bench.held import live_tensors
 
-NO_ROOM = re.compile(r"can't allocate memory|out of memory|Cannot allocate memory|bad_alloc")
+NO_ROOM = re.compile(r"can't allocate memory|out of memory|Cannot allocate memory|bad_alloc|can't start new thread")
 
 
 @contextmanager

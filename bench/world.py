@@ -8,11 +8,13 @@ Checked with deepspeed 0.19.8. Source: deepspeed/launcher/runner.py and launch.p
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 
 import deepspeed
 import psutil
@@ -41,11 +43,16 @@ def default_ranks() -> int:
     return get_accelerator().device_count() if get_accelerator().device_name() != "cpu" else 2
 
 
-def free_port() -> int:
-    """A port that nobody listens on now, so that two worlds on one machine do not collide."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port(count: int = 1) -> int:
+    """A port that nobody listens on now, so that two worlds do not collide; the first of `count` such in a row."""
+    while True:
+        with ExitStack() as probes, suppress(OSError, OverflowError):  # the next one is taken: look elsewhere
+            first = 0  # the system's choice
+            for number in range(count):
+                probe = probes.enter_context(socket.socket())
+                probe.bind(("127.0.0.1", first + number))
+                first = first or probe.getsockname()[1]
+            return first
 
 
 def launch_command(ranks: int, *words: object, port: int | None = None) -> list[str]:
@@ -100,6 +107,23 @@ def process_tree(pid: int) -> list[psutil.Process]:
         root = psutil.Process(pid)
         return [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
+        return []
+
+
+def end_session(job: subprocess.Popen) -> None:
+    """SIGKILL to a job that was started with `start_new_session=True` and to all of its, orphans too; wait for them."""
+    left = process_tree(job.pid)
+    with suppress(ProcessLookupError):  # all of it has ended
+        os.killpg(job.pid, signal.SIGKILL)
+    psutil.wait_procs(left, timeout=5)
+    job.wait()
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    """The words of its command line; empty when it is gone. A rank has `--local_rank=NUMBER` among them."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
         return []
 
 

@@ -16,13 +16,14 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import hjson
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import UserError, clear_errors
 from common.model import PRESETS
+from common.run_log import show_path
 from config.check import check
+from config.read import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "capstone/configs/tiny.yaml"
@@ -41,6 +42,7 @@ class Data(Section):
     folder: str = ""  # of the token shards; empty: RUN_DIR/data. Runs that share one name it
     text_key: str = "text"  # of JSON lines and data sets
     text_documents: Literal["file", "paragraph"] = "file"  # what one document of a .txt is
+    encoding: str | None = None  # of text that is neither UTF-8 nor has a byte order mark: gb18030, cp1252, ...
     min_chars: Annotated[int, Field(ge=0)] = 200  # shorter documents are dropped
     min_letters: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of letters; below it a document is no text
     near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.8  # Jaccard similarity (of runs of 5 words) from which on
@@ -71,6 +73,7 @@ class Train(Section):
 class Checkpoint(Section):
     save_every: Count = 100  # optimizer steps between two checkpoints; the last step is saved as well
     keep_last: Count = 2  # and the one with the lowest held-out loss
+    stop_at_nan: bool = True  # end a run whose weights are NaN; false: go on without saving, for alerts to be seen
 
 
 class Monitor(Section):
@@ -84,7 +87,7 @@ class Evaluate(Section):
     """What evaluate.py measures on the held-out part."""
 
     max_blocks: Count = 512  # of the perplexity
-    batch_size: Count = 16
+    micro_batch: Count = 16  # sequences of a rank at a time
     items: Count = 200  # multiple choice
     choices: Annotated[int, Field(ge=2)] = 4
     context_tokens: Count = 64
@@ -158,12 +161,12 @@ def find_file(name: str | Path) -> Path | None:
 
 
 def read_deepspeed(name: str) -> dict[str, Any]:
-    """The DeepSpeed section from a JSON file, read as DeepSpeed reads it: comments are allowed."""
+    """The DeepSpeed section from a JSON file, checked by day 04's checker, which names the line of a mistake."""
     path = find_file(name)
     if path is None:
         raise UserError(f"deepspeed is {name!r}: neither a section nor a JSON file")
     refuse_errors(check(path), f"deepspeed={name}: deepspeed")
-    return hjson.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=dict)
+    return read_config(path)
 
 
 def refuse_errors(findings: list, where: str) -> None:
@@ -238,9 +241,28 @@ def as_yaml(config: Config) -> str:
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """The two flags that every program of the capstone has."""
+    """The two flags that every program of the capstone has. Read them with `parser.parse_intermixed_args()`."""
     parser.add_argument("--config", default=TINY, help="YAML config of the project")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that go before the file's")
+
+
+def add_base_flags(parser: argparse.ArgumentParser) -> None:
+    """The course's base flags beside them; all but --local_rank, the launcher's, are short names of keys."""
+    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON config")  # without it, the section of --config
+    parser.add_argument("--steps", type=int, help="optimizer steps (not micro-batches)")
+    parser.add_argument("--log_every", type=int, help="optimizer steps between two log lines")
+    parser.add_argument("--seed", type=int, help="seed of the initial weights and of the data order")
+    parser.add_argument("--run_dir", help="folder for metrics.jsonl and plots")
+    add_config_flags(parser)
+
+
+def resolve(args: argparse.Namespace, more: dict[str, object] | None = None) -> Config:
+    """The config of `add_base_flags`' args, for the ranks that were launched: file < `more` < flags < overrides."""
+    values = {"deepspeed": args.deepspeed_config, **(more or {})}
+    values |= {"run_dir": args.run_dir and show_path(args.run_dir)}
+    values |= {f"train.{name}": getattr(args, name) for name in ("steps", "log_every", "seed")}
+    asked = [f"{key}={value}" for key, value in values.items() if value is not None]
+    return load_config(args.config, [*asked, *args.overrides], int(os.environ["WORLD_SIZE"]))
 
 
 def main() -> None:

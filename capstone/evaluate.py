@@ -67,13 +67,13 @@ def bits_per_byte(nats_per_token: float, tokens: int, text_bytes: int) -> float:
     return nats_per_token * tokens / text_bytes / math.log(2)
 
 
-def perplexity(model: torch.nn.Module, blocks: Blocks, device: torch.device, max_blocks: int, batch_size: int) -> dict:
+def perplexity(model: torch.nn.Module, blocks: Blocks, device: torch.device, max_blocks: int, micro_batch: int) -> dict:
     """Mean nats a token over the first `max_blocks` blocks and what follows from it. Collective: ranks share blocks."""
     rank, world = rank_and_world()
     mine = range(min(max_blocks, len(blocks)))[rank::world]
     nats = tokens = 0.0
-    for at in range(0, len(mine), batch_size):
-        batch = torch.stack([blocks[index]["input_ids"] for index in mine[at : at + batch_size]]).to(device)
+    for at in range(0, len(mine), micro_batch):
+        batch = torch.stack([blocks[index]["input_ids"] for index in mine[at : at + micro_batch]]).to(device)
         found = token_nats(model, batch)
         nats, tokens = nats + found.double().sum().item(), tokens + found.numel()
     tokens = over_ranks(tokens, device, "sum")
@@ -182,10 +182,23 @@ def evaluate(model: torch.nn.Module, config: Config, device: torch.device) -> di
     )
     return {
         "data_manifest_sha256": json.loads((config.data_path / "manifest.json").read_text())["manifest_sha256"],
-        "held_out": perplexity(model, blocks, device, settings.max_blocks, settings.batch_size),
+        "held_out": perplexity(model, blocks, device, settings.max_blocks, settings.micro_batch),
         "multiple_choice": multiple_choice(model, items, tokenizer, device),
         "samples": samples(model, tokenizer, settings.prompts if settings.sample_tokens else [], settings, device),
     }
+
+
+def evaluate_run(config: Config) -> dict:
+    """The last stage of a run: the report on its model/, read where these settings have been measured. Collective."""
+    path, settings = config.run_path / "evaluation.json", config.evaluate.model_dump()
+    if path.exists() and (report := json.loads(path.read_text()))["settings"] == settings:
+        print0(f"evaluate: done already | {show_path(path)}")
+        return report
+    device = torch.device(get_accelerator().current_device_name())
+    report = {"settings": settings, **evaluate(load_model(config.run_path / "model", config), config, device)}
+    if rank_and_world()[0] == 0:
+        write_whole(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    return report
 
 
 def print_report(report: dict) -> None:

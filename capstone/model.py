@@ -3,7 +3,6 @@
 Both end as the same `transformers` folder. `lean` initialises other weights than `transformers` does: another run.
 """
 
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,11 +11,9 @@ import deepspeed
 import torch
 from transformers import GPT2LMHeadModel
 
-from capstone.config import ROOT, Config
+from capstone.config import Config
 from common.model import build_model, get_preset
 from day12.gpt import GPT, build_gpt, to_transformers
-
-sys.path.append(str(ROOT / "day12"))  # its gpt.py looks for loss.py, the fused kernel, where a script would
 
 
 def build(config: Config, vocab_size: int, eos_token_id: int) -> torch.nn.Module:

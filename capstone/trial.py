@@ -7,12 +7,8 @@ it. The limit is PyTorch's on a GPU and the operating system's on CPU, as on day
 """
 
 import argparse
-import ctypes
 import json
 import os
-import re
-import resource
-import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -22,36 +18,18 @@ from statistics import median
 import deepspeed
 import psutil
 import torch
-from deepspeed.accelerator import get_accelerator
 
+from bench.memory import is_out_of_memory, leave_out_of_memory, limit_memory, peak_bytes
+from bench.timing import time_step
+from bench.world import join_world
 from capstone.config import load_config
 from capstone.model import build, parameter_groups, speed_up
-from capstone.train import clips_here
-from capstone.tune import NO_ROOM
-from common.cpu import start_without_compiler
+from capstone.training import clips_here
 from common.errors import clear_errors
 from common.model import get_preset
-from common.ranks import over_ranks, print0, require_launcher
+from common.ranks import over_ranks, print0
 
 WARM_UP = 2  # steps that pay for the first allocations, kernels and compilations
-
-
-def status_bytes(name: str) -> int:
-    """A figure of this process from the kernel: VmData (private memory), VmRSS (in RAM), VmHWM (most so far)."""
-    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-
-def limit_memory(limit: int, device: torch.device) -> int:
-    """Let this rank take `limit` bytes from now on; return what it holds already, which no setting changes."""
-    if device.type == "cpu":
-        ctypes.CDLL(None).mallopt(-3, 2**16)  # glibc: each tensor over 64 KiB its own mapping, given back when freed
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        resource.setrlimit(resource.RLIMIT_DATA, (status_bytes("VmData") + limit, hard))
-        return status_bytes("VmRSS")
-    share = min(1.0, limit / get_accelerator().total_memory())
-    torch.get_device_module(device).set_per_process_memory_fraction(share, device)
-    return 0
 
 
 def measure(spec: dict, device: torch.device) -> dict:
@@ -63,14 +41,13 @@ def measure(spec: dict, device: torch.device) -> dict:
     engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model), config=spec["deepspeed"])
     speed_up(engine)
     alone = engine.zero_optimization_stage() == 0 and engine.dp_world_size == 1
-    maybe_average = engine.no_sync if alone else nullcontext  # all as in train.py: what is measured is what will run
+    maybe_average = engine.no_sync if alone else nullcontext  # all as in training.py: what is measured is what will run
     micro_batch, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     draw = torch.Generator().manual_seed(engine.global_rank)
-    shape, times = (accumulation, micro_batch, get_preset(spec["model"]["preset"]).block_size), []
+    shape = (accumulation, micro_batch, get_preset(spec["model"]["preset"]).block_size)
     batches = torch.randint(spec["vocabulary"], shape, generator=draw)
-    for _ in range(WARM_UP + spec["steps"]):
-        get_accelerator().synchronize()
-        start = time.perf_counter()
+
+    def one_step() -> None:
         for ids in batches:
             ids = ids.to(device)
             with maybe_average():
@@ -79,8 +56,8 @@ def measure(spec: dict, device: torch.device) -> dict:
             if clip and engine.is_gradient_accumulation_boundary():
                 torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             engine.step()
-        loss.item()  # waits for the device
-        times.append(over_ranks(time.perf_counter() - start, device, "max"))
+
+    times = [over_ranks(time_step(one_step)[0], device, "max") for _ in range(WARM_UP + spec["steps"])]
     stage = engine.zero_optimization_stage()
     return {"tokens_per_s": batches.numel() * engine.dp_world_size / median(times[WARM_UP:]), "stage": stage}
 
@@ -98,25 +75,19 @@ def main() -> None:
     parser.add_argument("--parent", type=int, help="process id of the tuner: when it is gone, so is this trial")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     args = parser.parse_args()
-    require_launcher()
     if args.parent:
         threading.Thread(target=leave_with, args=(args.parent,), daemon=True).start()
-    start_without_compiler()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed()
-    device = torch.device(get_accelerator().current_device_name())
+    device = join_world()
     spec = json.loads(Path(args.spec).read_text())
     held = limit_memory(spec["limit"], device)
     try:
         row = measure(spec, device)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not NO_ROOM.search(str(error)) and not isinstance(error, MemoryError):
+        if not is_out_of_memory(error):
             raise
-        sys.stdout.write(f"no memory: {type(error).__name__}: {' '.join(str(error).split())}\n")
-        sys.stdout.flush()
-        os._exit(1)  # at once: the other ranks wait for this one, and the launcher ends them when it is gone
-    peak = status_bytes("VmHWM") - held if device.type == "cpu" else get_accelerator().max_memory_allocated()
-    print0(f"row {json.dumps({**row, 'peak_bytes': int(over_ranks(peak, device, 'max'))})}")
+        leave_out_of_memory(error)
+    row["peak_bytes"] = int(over_ranks(peak_bytes(device, held), device, "max"))
+    print0(f"row {json.dumps(row)}")
     torch.distributed.destroy_process_group()
 
 

@@ -26,18 +26,18 @@ from statistics import median
 from typing import NamedTuple
 
 import psutil
-import torch
+from deepspeed.accelerator import get_accelerator
 from filelock import FileLock, Timeout
 
+from bench.memory import NO_ROOM
+from bench.world import default_ranks, end_session, launch_command
 from capstone.config import Config, add_config_flags, as_yaml, deepspeed_section, fingerprint, load_config
-from capstone.launch import launch_command
 from common.errors import UserError, clear_errors
 from common.results import machine, write_results
 from common.run_log import ROOT, show_path
 from config.plan import GIB, gpt2_model, predict
 from day17.checkpoints import write_whole
 
-NO_ROOM = re.compile(r"can't allocate memory|out of memory|Cannot allocate memory|bad_alloc|can't start new thread")
 PRUNE_ABOVE = 1.25  # x the limit: a prediction that far above it is believed, a nearer one is tried
 PRECISIONS = {"bf16": "bf16", "fp16": "fp16", "torch_autocast": "bf16"}
 
@@ -107,7 +107,7 @@ class Problem:
         section = self.section(point)
         precision = next((p for key, p in PRECISIONS.items() if section.get(key, {}).get("enabled")), "fp32")
         need = predict(self.model, section, self.ranks, self.block_size, point.micro_batch, precision, point.recompute)
-        return need["peak"] + (0 if torch.cuda.is_available() else need["host"])
+        return need["peak"] + (need["host"] if get_accelerator().device_name() == "cpu" else 0)
 
 
 class Trials:
@@ -159,11 +159,7 @@ class Trials:
             except subprocess.TimeoutExpired:
                 code = None
             finally:  # nothing of it is left, whatever happened: it would disturb the next one
-                left = family(job.pid)
-                for process in left:
-                    process.kill()
-                psutil.wait_procs(left, timeout=5)
-                job.wait()
+                end_session(job)
             log.seek(0)
             text = log.read()
         if row := re.search(r"^row (.*)$", text, re.M):
@@ -175,18 +171,6 @@ class Trials:
         last = ([line for line in text.splitlines() if re.match(r"\s*\w*(Error|error)", line)] or ["no message"])[-1]
         killed = " (killed: by the system for want of memory, perhaps)" if code in (-9, 137, 247) else ""
         return {"status": "failed", "why": f"exit code {code}{killed}: {last.strip()}"}
-
-
-def family(pid: int) -> list[psutil.Process]:
-    """The processes of the session that `pid` leads."""
-    return [process for process in psutil.process_iter() if _session(process.pid) == pid]
-
-
-def _session(pid: int) -> int | None:
-    try:
-        return os.getsid(pid)
-    except (ProcessLookupError, PermissionError):
-        return None
 
 
 def search(points: list[Settings], start: Settings, trial: Callable[[Settings], dict]) -> Settings | None:
@@ -299,7 +283,7 @@ def report(problem: Problem, rows: list[dict], summary: list[str]) -> str:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_flags(parser)
-    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2, help="processes, or GPUs")
+    parser.add_argument("--ranks", type=int, default=default_ranks(), help="processes, or GPUs")
     parser.add_argument("--limit_gib", type=float, help="memory of a rank (default: 0.95 of the GPU's, or its share)")
     parser.add_argument("--micro_batch", type=int, nargs="+", default=[2, 4, 8, 16], help="values to try")
     parser.add_argument(
@@ -323,10 +307,36 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
+def memory_limit(limit_gib: float | None, ranks: int) -> int:
+    """Bytes that a rank may take: what was asked for, or 0.95 of its device, or of its share of this machine's RAM."""
+    if limit_gib:
+        return int(limit_gib * GIB)
+    on_cpu = get_accelerator().device_name() == "cpu"
+    return int(0.95 * (psutil.virtual_memory().total / ranks if on_cpu else get_accelerator().total_memory()))
+
+
+def finals(problem: Problem, tried: dict[Settings, dict], trial: Trials, args: argparse.Namespace) -> dict:
+    """The fastest few and the config as it is, measured again in turns: {settings: tokens/s}, fastest first."""
+    finalists = fastest(tried)[: args.finalists]
+    if problem.as_it_is not in finalists and tried.get(problem.as_it_is, {}).get("status") == "ok":
+        finalists.append(problem.as_it_is)
+    if not args.turns:
+        return {point: tried[point]["tokens_per_s"] for point in finalists}
+    return compare(finalists, range(1, args.turns + 1), trial)
+
+
+def try_the_rest(found: Settings, points: list[Settings], pruned: dict, trial: Trials, turns: int) -> tuple[dict, dict]:
+    """Run all points: what was missed? Return {settings: tokens/s} of `found` and the fastest other one, and facts."""
+    tried = {point: trial(point) for point in points}
+    rival = [point for point in fastest(tried) if point != found][:1]
+    speeds = compare([found, *rival], range(turns + 1, 2 * turns + 1), trial)
+    wrongly = [point for point in pruned if tried[point]["status"] == "ok"]
+    share = speeds[found] / max(speeds.values())
+    return speeds, {"found": str(found), "share_of_optimum": share, "wrongly_pruned": len(wrongly)}
+
+
 def tune(args: argparse.Namespace, config: Config, folder: Path) -> None:
-    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-    share = memory or psutil.virtual_memory().total / args.ranks
-    problem = Problem(config, args.ranks, int(args.limit_gib * GIB if args.limit_gib else 0.95 * share))
+    problem = Problem(config, args.ranks, memory_limit(args.limit_gib, args.ranks))
     yes = [word == "yes" for word in args.recompute]
     points = problem.grid(
         micro_batch=args.micro_batch, stage=args.stage, offload=args.offload, recompute=yes, bucket=args.bucket
@@ -345,41 +355,38 @@ def tune(args: argparse.Namespace, config: Config, folder: Path) -> None:
         tried[point] = trial(point)
         return tried[point]
 
-    best = search(fitting, problem.as_it_is, ask)
-    if best is None:
+    if search(fitting, problem.as_it_is, ask) is None:
         why = f"see {show_path(trial.path)}" if tried else "every prediction is far above it, so nothing was tried"
         raise UserError(f"none of {len(points)} points runs in {problem.limit / GIB:.2f} GiB: {why}")
-    num_tried, finalists, turns = len(tried), fastest(tried)[: args.finalists], args.turns
-    if problem.as_it_is not in finalists and tried.get(problem.as_it_is, {}).get("status") == "ok":
-        finalists.append(problem.as_it_is)
-    speeds = (
-        compare(finalists, range(1, turns + 1), trial) if turns else {p: tried[p]["tokens_per_s"] for p in finalists}
-    )
+    facts = {"points": len(points), "pruned": len(pruned), "search_trials": len(tried)}
+    speeds = finals(problem, tried, trial, args)
     before = speeds.get(problem.as_it_is)
-    found = top = next(iter(speeds))
-    if args.exhaustive:  # the search's result beside the fastest of all others
-        tried |= {point: trial(point) for point in points}
-        rival = [point for point in fastest(tried) if point != found][:1]
-        speeds = compare([found, *rival], range(turns + 1, 2 * turns + 1), trial)
-        top, before = next(iter(speeds)), speeds.get(problem.as_it_is, before)  # of the same turns, if it is there
-    summary = [f"Fastest: {top}: {speeds[top]:,.0f} tokens/s."]
-    if problem.as_it_is in tried:
-        why = tried[problem.as_it_is].get("why")
-        summary.append(f"The config as it is: {problem.as_it_is}: {f'{before:,.0f} tokens/s' if before else why}.")
-    facts = {"points": len(points), "pruned": len(pruned), "search_trials": num_tried}
     if args.exhaustive:
-        share = speeds[found] / speeds[top]
-        wrongly = [point for point in pruned if tried[point]["status"] == "ok"]
+        speeds, more = try_the_rest(next(iter(speeds)), points, pruned, trial, args.turns)
+        before = speeds.get(problem.as_it_is, before)  # of the same turns, if it is there
+        facts |= more
+    write_down(problem, folder, trial, speeds, before, facts, table(trial, pruned))
+
+
+def write_down(
+    problem: Problem, folder: Path, trial: Trials, speeds: dict, before: float | None, facts: dict, rows: list[dict]
+) -> None:
+    """Write best.yaml, report.md and tune.json, and print the summary. `before`: tokens/s of the config as it is."""
+    top = next(iter(speeds))
+    summary = [f"Fastest: {top}: {speeds[top]:,.0f} tokens/s."]
+    if as_it_is := [row for row in rows if row["settings"] == str(problem.as_it_is) and row["status"] != "pruned"]:
+        speed = f"{before:,.0f} tokens/s" if before else as_it_is[0]["why"]
+        summary.append(f"The config as it is: {problem.as_it_is}: {speed}.")
+    if "found" in facts:
+        of_all = f"{facts['search_trials']} of {facts['points']} trials"
         summary.append(
-            f"The search found {found} with {num_tried} of {len(points)} trials: {share:.1%} of the optimum."
+            f"The search found {facts['found']} with {of_all}: {facts['share_of_optimum']:.1%} of the optimum."
         )
-        summary.append(f"Of {len(pruned)} pruned points {len(wrongly)} would have run.")
-        facts |= {"found": str(found), "share_of_optimum": share, "wrongly_pruned": len(wrongly)}
-    rows = table(trial, pruned)
-    values = config.model_dump() | {"deepspeed": problem.section(top)}
+        summary.append(f"Of {facts['pruned']} pruned points {facts['wrongly_pruned']} would have run.")
+    values = problem.config.model_dump() | {"deepspeed": problem.section(top)}
     values["train"]["recompute"] = top.recompute
     write_whole(folder / "best.yaml", as_yaml(Config(**values)))
-    load_config(folder / "best.yaml", ranks=args.ranks)  # what was written trains
+    load_config(folder / "best.yaml", ranks=problem.ranks)  # what was written trains
     write_whole(folder / "report.md", report(problem, rows, summary))
     command = shlex.join(["python", "-m", "capstone.tune", *sys.argv[1:]])
     write_results(folder / "tune.json", command, **facts, limit_gib=problem.limit / GIB, summary=summary, table=rows)

@@ -24,9 +24,9 @@ from deepspeed.accelerator import get_accelerator
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from capstone.config import TINY, Config, as_yaml, deepspeed_section, load_config
+from capstone.config import Config, add_base_flags, as_yaml, deepspeed_section, resolve
 from capstone.data import load_blocks, train_batches
-from capstone.evaluate import evaluate, load_model, print_report
+from capstone.evaluate import evaluate_run, print_report
 from capstone.prepare import prepare
 from common.cpu import start_without_compiler
 from common.data import held_out_loss, load_tokenizer, to_device
@@ -39,23 +39,9 @@ from day17.checkpoints import write_whole
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON config")  # without it, the section of --config
-    parser.add_argument("--steps", type=int, help="optimizer steps (not micro-batches)")
-    parser.add_argument("--log_every", type=int, help="optimizer steps between two log lines")
-    parser.add_argument("--seed", type=int, help="seed of the initial weights and of the data order")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--run_dir", help="folder for metrics.jsonl and plots")
-    parser.add_argument("--config", default=TINY, help="YAML config of the project")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that go before the file's")
+    add_base_flags(parser)
     return parser.parse_intermixed_args()  # flags and overrides in any order
-
-
-def resolve(args: argparse.Namespace) -> Config:
-    """The base flags are short names of keys: they go before the file as every override does."""
-    flags = {"run_dir": args.run_dir and str(Path(args.run_dir).resolve()), "deepspeed": args.deepspeed_config}
-    flags |= {f"train.{name}": getattr(args, name) for name in ("steps", "log_every", "seed")}
-    more = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    return load_config(args.config, [*more, *args.overrides], int(os.environ["WORLD_SIZE"]))
 
 
 def train(config: Config, tokenizer, facts: dict) -> None:
@@ -101,8 +87,8 @@ def main() -> None:
     if config.model.code != "transformers" or config.train.recompute:
         raise UserError("this program trains transformers' GPT-2 as it is: model.code and train.recompute are day 26's")
     manifest = prepare(config)  # before the ranks connect: no collective waits while one process works
-    deepspeed.init_distributed()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed()
     model_dir, tokenizer = config.run_path / "model", load_tokenizer(config.tokenizer.name)
     if torch.distributed.get_rank() == 0:
         write_whole(config.run_path / "config.yaml", as_yaml(config))
@@ -119,17 +105,7 @@ def main() -> None:
             raise UserError(f"{show_path(model_dir)} was trained with other settings ({parts}): name another run_dir")
         print0(f"train: done already | {show_path(model_dir)}")
     torch.distributed.barrier()
-
-    path = config.run_path / "evaluation.json"
-    if path.exists() and json.loads(path.read_text())["settings"] == config.evaluate.model_dump():
-        report = json.loads(path.read_text())
-        print0(f"evaluate: done already | {show_path(path)}")
-    else:
-        device = torch.device(get_accelerator().current_device_name())
-        report = {"settings": config.evaluate.model_dump(), **evaluate(load_model(model_dir, config), config, device)}
-        if torch.distributed.get_rank() == 0:
-            write_whole(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    print_report(report)
+    print_report(evaluate_run(config))
     torch.distributed.destroy_process_group()
 
 

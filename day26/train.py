@@ -8,7 +8,7 @@ From the repository root, on two CPU processes or two GPUs; the second command g
     python day26/labs/kill_test.py
 
 Expect day 25's three stages, a sentence that says where training starts, checkpoints, and in the end "done". All of it
-is in capstone/train.py; this program adds the base flags and one line that runs before each forward pass.
+is in capstone/training.py; this program adds the base flags and one line that runs before each forward pass.
 Checked with deepspeed 0.19.8. Source: capstone/ (each module says which day it comes from).
 """
 
@@ -21,32 +21,18 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from capstone.config import TINY, Config, load_config
-from capstone.train import run
+from capstone.config import add_base_flags, resolve
+from capstone.training import run
 from common.errors import clear_errors
 from common.ranks import require_launcher
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON config")  # without it, the section of --config
-    parser.add_argument("--steps", type=int, help="optimizer steps (not micro-batches)")
-    parser.add_argument("--log_every", type=int, help="optimizer steps between two log lines")
-    parser.add_argument("--seed", type=int, help="seed of the initial weights and of the data order")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--run_dir", help="folder for metrics.jsonl and plots")
-    parser.add_argument("--config", default=TINY, help="YAML config of the project")
+    add_base_flags(parser)
     parser.add_argument("--stop_at", type=int, help="step in which rank 0 gets SIGTERM, as a scheduler would send it")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that go before the file's")
     return parser.parse_intermixed_args()  # flags and overrides in any order
-
-
-def resolve(args: argparse.Namespace) -> Config:
-    """The base flags are short names of keys: they go before the file as every override does."""
-    flags = {"run_dir": args.run_dir and str(Path(args.run_dir).resolve()), "deepspeed": args.deepspeed_config}
-    flags |= {f"train.{name}": getattr(args, name) for name in ("steps", "log_every", "seed")}
-    more = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    return load_config(args.config, [*more, *args.overrides], int(os.environ["WORLD_SIZE"]))
 
 
 def main() -> None:

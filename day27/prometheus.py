@@ -8,7 +8,6 @@ Checked with Prometheus 2.42. Source: https://prometheus.io/docs/prometheus/2.42
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # Python puts only this folder on the path; common/ is one level up
 
+from bench.world import free_port
 from common.errors import UserError
 from common.run_log import show_path
 
@@ -64,21 +64,6 @@ def scale_rules(rules: dict, speedup: float) -> dict:
         if rule["expr"].startswith("time()"):
             rule["expr"] = re.sub(r"> (\d+)$", lambda age: f"> {int(age[1]) / speedup}", rule["expr"])
     return rules
-
-
-def free_port(count: int = 1) -> int:
-    """The first of `count` ports in a row that nobody listens on now."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            first = probe.getsockname()[1]
-        try:
-            for port in range(first + 1, first + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return first
 
 
 class Prometheus:

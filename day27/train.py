@@ -7,11 +7,10 @@ From the repository root, on two CPU processes or two GPUs:
     python day27/labs/watch.py --fault nan@20
 
 Expect training as on day 26, and at the end what the endpoints of all ranks say: that is all an alert rule ever sees.
-watch.py starts this program under a real Prometheus. Checked with deepspeed 0.19.8. Source: capstone/train.py
+watch.py starts this program under a real Prometheus. Checked with deepspeed 0.19.8. Source: capstone/training.py
 """
 
 import argparse
-import os
 import sys
 import time
 import urllib.request
@@ -20,47 +19,41 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from capstone import train as capstone
-from capstone.config import TINY, Config, load_config
+from capstone.config import add_base_flags, resolve
+from capstone.training import run
 from common.errors import clear_errors
 from common.ranks import print0, require_launcher
-from common.run_log import default_run_dir, show_path
+from common.run_log import default_run_dir
 from day27.faults import Faults, read_faults
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON config")  # without it, the section of --config
-    parser.add_argument("--steps", type=int, default=150, help="optimizer steps (not micro-batches)")
-    parser.add_argument("--log_every", type=int, default=25, help="optimizer steps between two log lines")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--run_dir", default=default_run_dir("day27"), help="folder for metrics.jsonl and plots")
-    parser.add_argument("--config", default=TINY, help="YAML config of the project")
+    add_base_flags(parser)
+    parser.set_defaults(steps=150, log_every=25, seed=0, run_dir=default_run_dir("day27"))
     parser.add_argument("--port", type=int, default=9400, help="rank r serves its metrics at port + r")
     parser.add_argument("--fault", nargs="+", default=[], metavar="NAME@SECONDS", help="of day27/faults.py")
     parser.add_argument("--limit_gib", type=float, default=1.5, help="memory limit of a rank that the metrics report")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that go before the file's")
     return parser.parse_intermixed_args()  # flags and overrides in any order
 
 
-def resolve(args: argparse.Namespace) -> Config:
-    """The config with what watching needs: endpoints, a data folder that runs share, and what a fault changes."""
-    values = {"deepspeed": args.deepspeed_config} if args.deepspeed_config else {}
-    values |= {"run_dir": show_path(args.run_dir), "data.folder": "runs/day27/data"}
-    values |= {"train.steps": args.steps, "train.log_every": args.log_every, "train.seed": args.seed}
-    values |= {"deepspeed.scheduler.params.total_num_steps": args.steps, "monitor.port": args.port}
-    values |= {"monitor.memory_limit_gib": args.limit_gib, "evaluate.items": 1}
-    if "no_checkpoint" in read_faults(args.fault):
+def what_watching_needs(args: argparse.Namespace) -> dict[str, object]:
+    """Keys of the config: endpoints, a data folder that runs share, and what a fault changes."""
+    values = {"data.folder": "runs/day27/data", "deepspeed.scheduler.params.total_num_steps": args.steps}
+    values |= {"monitor.port": args.port, "monitor.memory_limit_gib": args.limit_gib, "evaluate.items": 1}
+    faults = read_faults(args.fault)
+    if "no_checkpoint" in faults:
         values["checkpoint.save_every"] = 10**9
-    more = [f"{key}={value}" for key, value in values.items()]
-    return load_config(args.config, [*more, *args.overrides], int(os.environ["WORLD_SIZE"]))
+    if faults.keys() & {"nan", "diverge"}:
+        values["checkpoint.stop_at_nan"] = False  # or the run would end before anybody has seen the number
+    return values
 
 
 def main() -> None:
     args = parse_args()
     require_launcher()
-    config = resolve(args)
+    config = resolve(args, what_watching_needs(args))
     faults = Faults(read_faults(args.fault), config.run_path, config.monitor.memory_limit_gib * 2**30)
     port, last_seen = config.monitor.port, {}
 
@@ -75,7 +68,7 @@ def main() -> None:
                     ]
 
     start = time.time()
-    capstone.run(config, on_step)
+    run(config, on_step)
     for rank, lines in last_seen.items():
         print0(f"rank {rank} at http://127.0.0.1:{port + rank}/metrics, as Prometheus would read it:")
         for line in lines:

@@ -20,10 +20,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from capstone.config import TINY, Config, load_config
+from capstone.config import add_base_flags, resolve
 from capstone.export import export
 from capstone.serve.client import chat, running_server
-from capstone.train import run
+from capstone.training import run
 from common.errors import clear_errors
 from common.ranks import require_launcher
 from common.run_log import show_path
@@ -32,24 +32,10 @@ from day17.checkpoints import write_whole
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON config")  # without it, the section of --config
-    parser.add_argument("--steps", type=int, help="optimizer steps (not micro-batches)")
-    parser.add_argument("--log_every", type=int, help="optimizer steps between two log lines")
-    parser.add_argument("--seed", type=int, help="seed of the initial weights and of the data order")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--run_dir", help="folder for metrics.jsonl and plots")
+    add_base_flags(parser)
     parser.add_argument("--say", default="The whale", help="what the served model is asked")
-    parser.add_argument("--config", default=TINY, help="YAML config of the project")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that go before the file's")
     return parser.parse_intermixed_args()  # flags and overrides in any order
-
-
-def resolve(args: argparse.Namespace) -> Config:
-    """The base flags are short names of keys: they go before the file as every override does."""
-    flags = {"run_dir": args.run_dir and str(Path(args.run_dir).resolve()), "deepspeed": args.deepspeed_config}
-    flags |= {f"train.{name}": getattr(args, name) for name in ("steps", "log_every", "seed")}
-    more = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    return load_config(args.config, [*more, *args.overrides], int(os.environ["WORLD_SIZE"]))
 
 
 def serve_once(model: Path, identity: str, say: str, path: Path) -> None:

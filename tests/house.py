@@ -14,10 +14,19 @@ LAUNCHER_OPTIONS = {"--num_accelerators", "--num_gpus", "--num_nodes", "--master
 LAUNCHER_OPTIONS |= {"--include", "--exclude", "--log_level", "--no_ssh", "--node_rank"}
 
 
+CAPSTONE_FLAGS = ("add_config_flags", "add_base_flags")  # of capstone/config.py: programs call them for shared flags
+
+
 @cache
 def flags_of(script: Path) -> dict[str, str]:
-    """Map each `--flag` of `script` to the source of its `help=`."""
-    calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
+    """Map each `--flag` of `script` to the source of its `help=`, those that capstone/config.py adds for it as well."""
+    tree = ast.parse(script.read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    shared = ast.parse((ROOT / "capstone/config.py").read_text())
+    for name in CAPSTONE_FLAGS[::-1]:  # the base flags take the config's along
+        if any(getattr(call.func, "id", "") == name for call in calls):
+            (adding,) = [node for node in shared.body if isinstance(node, ast.FunctionDef) and node.name == name]
+            calls += [node for node in ast.walk(adding) if isinstance(node, ast.Call)]
     adds = [c for c in calls if getattr(c.func, "attr", "") == "add_argument" and isinstance(c.args[0], ast.Constant)]
     return {
         argument.value: next((ast.unparse(k.value) for k in call.keywords if k.arg == "help"), "")

@@ -19,18 +19,18 @@ from prometheus_client.parser import text_string_to_metric_families
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
+from bench.world import free_port
 from capstone import data
 from capstone.config import ROOT, deepspeed_section, load_config
 from capstone.evaluate import load_model
 from capstone.model import build, parameter_groups
 from capstone.monitor import COUNTERS, METRICS, Exporter
-from capstone.train import changed, facts_of
+from capstone.training import changed, facts_of
 from common.errors import UserError
 from common.run_log import read_rows
 from day17 import checkpoints as ckpt
 from day26.labs import kill_test
-from tests.launch import error_line, run_day, run_plain, run_ranks
-from tests.test_day17 import start_ranks
+from tests.launch import error_line, run_day, run_plain, run_ranks, run_warm, start_ranks
 
 STEPS = 12
 SETTINGS = [*kill_test.SMALL, "train.eval_every=2", f"deepspeed.scheduler.params.total_num_steps={STEPS}"]
@@ -132,7 +132,7 @@ def scrape(target: str) -> dict:
 
 @pytest.mark.launch
 def test_endpoints_serve_every_name_and_a_signal_saves_and_the_rerun_ends_the_same(peace, tmp_path):
-    run, port = begin(peace, tmp_path / "run"), free_pair()
+    run, port = begin(peace, tmp_path / "run"), free_port(2)
     targets, out = run / "prometheus_targets.json", tmp_path / "stdout"
     processes = start_ranks("day26/train.py", *flags(run, f"monitor.port={port}"), folder=tmp_path)
     (entry,) = json.loads(wait_for(lambda: targets.exists() and targets.read_text(), processes))
@@ -171,18 +171,6 @@ def test_endpoints_serve_every_name_and_a_signal_saves_and_the_rerun_ends_the_sa
     assert f"resume: {stopped.name}" in again.stdout and not targets.exists()
     assert kill_test.what_came_out(run) == kill_test.what_came_out(peace[0])
     assert_tensorboard_has_the_log(run)
-
-
-def free_pair() -> int:
-    """Two ports in a row."""
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            try:
-                two.bind(("127.0.0.1", one.getsockname()[1] + 1))
-            except OSError:
-                continue
-            return one.getsockname()[1]
 
 
 def losses_of(run: Path) -> list[float]:
@@ -330,16 +318,16 @@ def warm_kills(tmp_path, monkeypatch):
         jobs.append(Job(tmp_path, flags(run, *args.more)))
         return jobs[-1]
 
-    def cmdline(process):
+    def command_of(process):
         pids = [rank.pid for rank in jobs[-1].processes]
         return [f"--local_rank={pids.index(process.pid)}"] if process.pid in pids else []
 
     monkeypatch.setattr(kill_test, "launch", launch)
-    monkeypatch.setattr(kill_test, "tree", lambda job: job.tree())
-    monkeypatch.setattr(kill_test, "safe_cmdline", cmdline)
+    monkeypatch.setattr(kill_test, "process_tree", lambda pid: jobs[-1].tree())
+    monkeypatch.setattr(kill_test, "command_of", command_of)
     is_over, begun, _ = kill_test.STAGES["start"]
     monkeypatch.setitem(kill_test.STAGES, "start", (is_over, begun, 3.0))
-    return argparse.Namespace(kills=10, ranks=2, more=[f"monitor.port={free_pair()}"])
+    return argparse.Namespace(kills=10, ranks=2, more=[f"monitor.port={free_port(2)}"])
 
 
 @pytest.mark.launch

@@ -5,7 +5,9 @@
 The `deepspeed` launcher gives each rank 30 s after SIGTERM, one after another; the ranks then wait for each other at
 the step's end and cannot save together (day 17). This one sends the signal to all of them, waits for them, and
 ends with 128 + signal, so that whoever started it knows that there is more to do.
-Under Slurm srun starts the ranks itself (slurm.sh). Source: deepspeed 0.19.8, launcher/launch.py.
+It is not bench/world.py's way of starting ranks, which is for labs: a container's first process has to pass signals on,
+and stands alone, with nothing to import but PyTorch. Under Slurm srun starts the ranks itself (slurm.sh).
+Source: deepspeed 0.19.8, launcher/launch.py.
 """
 
 import os

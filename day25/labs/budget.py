@@ -31,7 +31,7 @@ CASES = {"hf": "transformers", "hf_compiled": "transformers, compiled", "no_aver
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run_dir", default=default_run_dir("day25"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day25"), help="folder for budget.json")
     parser.add_argument("--gpus", type=int, default=1, help="data-parallel GPUs; the global batch stays")
     parser.add_argument("--price", type=float, help="of one GPU for one hour, in your currency")
     parser.add_argument("--config", default="capstone/configs/gpt2.yaml", help="YAML config of the project")

@@ -31,7 +31,9 @@ from common.run_log import default_run_dir, show_path
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run_dir", default=default_run_dir("day25"), help="folder for metrics.jsonl and plots")
+    parser.add_argument(
+        "--run_dir", default=default_run_dir("day25"), help="folder for stream.json and the prepared data"
+    )
     parser.add_argument("--copies", type=int, nargs="+", default=[1, 8, 24], help="lengths, in shipped corpora")
     parser.add_argument("--shipped", default="all", choices=list(SHIPPED), help="which of the shipped corpora")
     return parser.parse_args()

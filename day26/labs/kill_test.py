@@ -19,12 +19,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from capstone.launch import launch_command
+from bench.world import command_of, default_ranks, kill_all, launch_command, process_tree
 from common.errors import UserError, clear_errors
 from common.results import this_command, write_results
 from common.run_log import default_run_dir
@@ -58,21 +56,6 @@ def changed(path: Path, since: float) -> bool:
     return path.exists() and path.stat().st_mtime > since
 
 
-def tree(process: subprocess.Popen) -> list[psutil.Process]:
-    """The launcher and everything it has started."""
-    try:
-        parent = psutil.Process(process.pid)
-        return [parent, *parent.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def kill(victims: list[psutil.Process]) -> None:
-    for victim in victims:
-        with suppress(psutil.NoSuchProcess):
-            victim.kill()
-
-
 def launch(args: argparse.Namespace, run: Path) -> subprocess.Popen:
     command = launch_command(args.ranks, HERE / "train.py", "--run_dir", run, "--steps", STEPS, *SMALL)
     log = open(run.parent / f"{run.name}.log", "a")  # noqa: SIM115 - the process writes on
@@ -86,24 +69,17 @@ def kill_once(args: argparse.Namespace, run: Path, stage: str, delay_s: float, r
     while process.poll() is None and not begun(run, since):
         time.sleep(0.002)
     time.sleep(delay_s)
-    everybody = tree(process)
+    everybody = process_tree(process.pid)
     if process.poll() is not None:
         return "nobody"
-    only = [victim for victim in everybody if f"--local_rank={rank}" in safe_cmdline(victim)]
+    only = [victim for victim in everybody if f"--local_rank={rank}" in command_of(victim)]
     if only:
-        kill(only)
+        kill_all(only)
         with suppress(subprocess.TimeoutExpired):
             process.wait(60)  # the launcher ends the others
-    kill([*everybody, *tree(process)])
+    kill_all([*everybody, *process_tree(process.pid)])
     process.wait()
     return f"rank {rank}" if only else "all"
-
-
-def safe_cmdline(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
 
 
 def what_came_out(run: Path) -> dict[str, object]:
@@ -146,9 +122,9 @@ def kill_runs(args: argparse.Namespace, folder: Path, chance: random.Random) -> 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10, help="how often a run is killed, each in every stage in turn")
-    parser.add_argument("--ranks", type=int, default=2, help="processes of each launch")
+    parser.add_argument("--ranks", type=int, default=default_ranks(), help="processes of each launch, or GPUs")
     parser.add_argument("--kill_seed", type=int, default=0, help="seed of the moments and the victims")
-    parser.add_argument("--run_dir", default=default_run_dir("day26"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day26"), help="folder for kill_test.json and the runs")
     return parser.parse_args()
 
 

@@ -18,8 +18,8 @@ from statistics import median
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.world import default_ranks, launch_command
 from capstone.config import ROOT, TINY, load_config
-from capstone.launch import launch_command
 from common.errors import UserError, clear_errors
 from common.results import this_command, write_results
 from common.run_log import default_run_dir, read_rows
@@ -30,11 +30,11 @@ NEVER = 10**6
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=TINY, help="YAML config of the project")
-    parser.add_argument("--ranks", type=int, default=2, help="processes or GPUs")
+    parser.add_argument("--ranks", type=int, default=default_ranks(), help="processes, or GPUs")
     parser.add_argument("--turns", type=int, default=2, help="runs of each program")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps (not micro-batches)")
     parser.add_argument("--log_every", type=int, default=10, help="optimizer steps between two log lines")
-    parser.add_argument("--run_dir", default=default_run_dir("day26"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day26"), help="folder for speed.json and the runs")
     return parser.parse_args()
 
 

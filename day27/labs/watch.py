@@ -13,7 +13,6 @@ Source: https://prometheus.io/docs/prometheus/2.42/querying/api/
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -26,12 +25,12 @@ import psutil
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from capstone.launch import launch_command
+from bench.world import command_of, default_ranks, end_session, free_port, launch_command, process_tree
 from common.errors import UserError, clear_errors
 from common.results import this_command, write_results
 from common.run_log import default_run_dir, show_path
 from day27.faults import EXPECTED, FOLLOWS, read_faults
-from day27.prometheus import ROOT, Prometheus, free_port, seconds
+from day27.prometheus import ROOT, Prometheus, seconds
 
 GRACE_S = 75  # after the last fault has begun: by then all have been noticed, or never will be
 
@@ -43,16 +42,16 @@ def parse_args() -> argparse.Namespace:
         "--seconds", type=float, default=90, help="of a healthy run; with faults, until all are noticed"
     )
     parser.add_argument("--speedup", type=float, default=30, help="divides every duration in the rules")
-    parser.add_argument("--ranks", type=int, default=2, help="processes, or GPUs")
-    parser.add_argument("--run_dir", default=default_run_dir("day27"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--ranks", type=int, default=default_ranks(), help="processes, or GPUs")
+    parser.add_argument("--run_dir", default=default_run_dir("day27"), help="folder for watch.json and the run")
     return parser.parse_args()
 
 
 def ask_to_stop(job: subprocess.Popen) -> None:
     """SIGTERM to the ranks, as a scheduler does: they save and end well. (To the launcher it would mean: kill them.)"""
-    for process in psutil.Process(job.pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # it ended meanwhile
-            if any(word.startswith("--local_rank=") for word in process.cmdline()):
+    for process in process_tree(job.pid):
+        if any(word.startswith("--local_rank=") for word in command_of(process)):
+            with suppress(psutil.NoSuchProcess):  # it ended meanwhile
                 process.terminate()
 
 
@@ -123,9 +122,7 @@ def main() -> None:
         scrapes = prometheus.value(f"sum(count_over_time(up[{lived}]))")
         steps = prometheus.value(f"max(max_over_time(training_step[{lived}]))")
     finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
+        end_session(job)
         prometheus.stop()
     for row in rows:
         after = f"{row['fired_after_s']:.1f} s" if row["fired_after_s"] is not None else "never"

@@ -24,7 +24,7 @@ from common.run_log import default_run_dir, show_path
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run_dir", default=default_run_dir("day28"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day28"), help="folder for cost.json")
     parser.add_argument("--price", type=float, help="of one machine for one hour, in your currency")
     parser.add_argument("--utilisation", type=float, default=0.3, help="share of the day's capacity that is asked for")
     parser.add_argument("--peak_requests_per_s", type=float, default=10, help="requests a second in the busiest minute")

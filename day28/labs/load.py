@@ -39,7 +39,7 @@ LINE += " | memory {before_mib:.0f} -> {after_mib:.0f} MiB"
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run_dir", default=default_run_dir("day28"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day28"), help="folder for load.json and its plot")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="clients that ask at the same time")
     parser.add_argument("--requests", type=int, default=96, help="requests for each number of clients")
     parser.add_argument("--tokens", type=int, default=32, help="most tokens of an answer")

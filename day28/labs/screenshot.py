@@ -34,7 +34,7 @@ FLAGS += ["disable-component-update", "disable-sync"]
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run_dir", default=default_run_dir("day28"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day28"), help="folder for the pictures")
     parser.add_argument("model", type=Path, help="folder that capstone.export wrote")
     return parser.parse_args()
 
