@@ -89,7 +89,7 @@ def test_offload_takes_pytorchs_adam_when_the_json_names_it(tmp_path):
     changes = ['zero_optimization.offload_optimizer={"device": "cpu"}']
     flags = ["--steps", 1, *CORPUS, "--run_dir", tmp_path]
     run = run_ranks("day04/train.py", "--set", *changes, *flags)
-    assert re.search(r"^optimizer +AdamW in ", run.stdout, re.M) and "offload                  optimizer " in run.stdout
+    assert re.search(r"^optimizer +AdamW in ", run.stdout, re.M)
     assert re.search(r"^offload +optimizer \S*cpu", run.stdout, re.M)
     for language in ("", ".zh"):
         (row,) = re.findall(

@@ -92,12 +92,18 @@ def test_steps_too_few_to_time_get_one_sentence(tmp_path):
     assert error_line(run).startswith("--steps 3: at least 4")
 
 
+EACH_ALONE = """
+flush = GradientSlice.flush
+GradientSlice.add = lambda self, offset, gradient: (self.bucket.append((offset, gradient)), flush(self))
+"""
+
+
 @pytest.mark.launch
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ("GradientSlice.flush = lambda self: self.bucket.clear()", "rank 0 averaged 0 of 1861 elements"),
-        ("GradientSlice.bucket_size = property(lambda self: 1, lambda self, size: None)", "rank 0 averaged [2, 118, "),
+        (EACH_ALONE, "rank 0 averaged [2, 118, "),
     ],
 )
 def test_wrong_answers_get_one_sentence(change, sentence, tmp_path):
