@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,14 +88,15 @@ def run(line: str, ranks: int, runs: str) -> dict:
     return row | ({"said": output[-3000:].splitlines()} if process.returncode else {})
 
 
-def run_block(block: list[str], ranks: int, runs: str) -> list[dict]:
-    rows = []
-    for line in block:
-        row = run(line, ranks, runs)
-        state = row.get("left_out") or f"exit code {row['code']}"
-        print(f"{row.get('seconds', 0):7.1f} s | {state:12} | {row['program']}", flush=True)
-        rows.append(row)
-    return rows
+def save(out: str | None, ranks: int, table: list[dict]) -> str:
+    """Write what has been run so far, in the order of the days; return the sentence that sums it up."""
+    ran = [row for row in table if "code" in row]
+    failed = [row for row in ran if row["code"]]
+    counts = {"passed": len(ran) - len(failed), "failed": len(failed), "left_out": len(table) - len(ran)}
+    if out:
+        ordered = sorted(table, key=lambda row: re.search(r"day\d\d|$", row["program"])[0])
+        write_results(out, f"python -m tests.gpu --ranks {ranks}", ranks=ranks, **counts, table=ordered)
+    return f"{counts['passed']} passed, {counts['failed']} failed, {counts['left_out']} skipped"
 
 
 def main() -> int:
@@ -104,17 +106,22 @@ def main() -> int:
     if not ranks:
         raise UserError("no accelerator on this machine: `make test` runs the same programs on CPU (or name --ranks 2)")
     os.environ.setdefault("OMP_NUM_THREADS", "4")
+    table, one_at_a_time = [], threading.Lock()
+
+    def run_block(block: list[str]) -> None:
+        for line in block:
+            row = run(line, ranks, runs)
+            state = row.get("left_out") or f"exit code {row['code']}"
+            print(f"{row.get('seconds', 0):7.1f} s | {state:12} | {row['program']}", flush=True)
+            with one_at_a_time:  # after each program, so that an interrupted run leaves what it has
+                table.append(row)
+                save(args.out, ranks, table)
+
     chosen = [block for block in blocks() if not args.days or any(day in block[0] for day in args.days)]
     with tempfile.TemporaryDirectory() as runs, ThreadPoolExecutor(args.jobs) as pool:
-        found = pool.map(lambda block: run_block(block, ranks, runs), chosen)
-        table = [row for rows in found for row in rows]
-    failed = [row for row in table if row.get("code")]
-    ran = [row for row in table if "code" in row]
-    print(f"{len(ran) - len(failed)} passed, {len(failed)} failed, {len(table) - len(ran)} skipped")
-    if args.out:
-        command = f"python -m tests.gpu --ranks {ranks}"
-        write_results(args.out, command, ranks=ranks, passed=len(ran) - len(failed), failed=len(failed), table=table)
-    return 1 if failed else 0
+        list(pool.map(run_block, sorted(chosen, key=len, reverse=True)))  # the longest day first
+    print(save(args.out, ranks, table))
+    return any(row.get("code") for row in table)
 
 
 if __name__ == "__main__":
