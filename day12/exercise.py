@@ -64,40 +64,58 @@ def counted_flops(name: str, vocab_size: int) -> float:
     return counter.get_total_flops() / ids.numel()
 
 
+def check_flops(flops_per_token: Callable) -> None:
+    for name in ("tiny", "mini"):
+        got, want = flops_per_token(PRESETS[name], 4096), counted_flops(name, 4096)
+        if not isinstance(got, int | float):
+            raise UserError(f"not yet: TODO 1, flops_per_token({name}) is {got!r}, not a number.")
+        if abs(got / want - 1) > 1e-3:
+            hint = {1 / 3: "the backward pass costs twice the forward", 2: "a product is counted once"}
+            factor = next((text for ratio, text in hint.items() if abs(got / want / ratio - 1) < 1e-3), "")
+            factor = factor or "count 12 H^2 a layer, V H once, 12 H T for attention; T is preset.block_size"
+            raise UserError(f"not yet: flops_per_token({name}) is {got:,.0f}, PyTorch counts {want:,.0f}: {factor}.")
+
+
+def check_mfu(mfu: Callable) -> None:
+    got, want = mfu(LOG), 0.42
+    if not isinstance(got, int | float):
+        raise UserError(f"not yet: TODO 2, mfu of the log is {got!r}, not a number.")
+    if abs(got - want) > 1e-9:
+        wrong = {0.84: "the peak is that of one device", 0.3: "the first line pays for starting up"}
+        wrong[0.35] = "the median, not the mean"
+        hint = next((text for value, text in wrong.items() if abs(got - value) < 1e-9), "")
+        hint = hint or "the median of tokens_per_s x flops_per_token / (peak_flops x ranks)"
+        raise UserError(f"not yet: mfu of the log is {got:.4f}, want {want}: {hint}.")
+
+
+def check_groups(parameter_groups: Callable) -> None:
+    model = build_gpt("tiny", 4096)
+    groups, names = parameter_groups(model), {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in groups or [None]:
+        if not isinstance(group, dict) or not {"params", "weight_decay"} <= set(group):
+            keys = list(group) if isinstance(group, dict) else repr(group)
+            raise UserError(f'not yet: TODO 3, a group has the keys "params" and "weight_decay", not {keys}.')
+        group["params"] = list(group["params"])  # a generator can be read once
+        if strange := [thing for thing in group["params"] if id(thing) not in names]:
+            raise UserError(f"not yet: TODO 3, a {type(strange[0]).__name__} in a group is no parameter of the model.")
+    decay = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    if sum(len(group["params"]) for group in groups) != len(names) or len(decay) != len(names):
+        raise UserError(f"not yet: the groups have {len(decay)} of {len(names)} parameters, each once is right.")
+    for name, parameter in model.named_parameters():
+        want = 0.1 if parameter.dim() > 1 else 0.0
+        if decay[name] != want:
+            raise UserError(f"not yet: {name} {tuple(parameter.shape)} decays with {decay[name]}, want {want}.")
+
+
 def check(flops_per_token: Callable, mfu: Callable, parameter_groups: Callable) -> None:
     """Try the three answers; UserError says which one is not right yet, and why."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     parser.parse_args()
     require_launcher()
-    try:
-        for name in ("tiny", "mini"):
-            got, want = flops_per_token(PRESETS[name], 4096), counted_flops(name, 4096)
-            if abs(got / want - 1) > 1e-3:
-                hint = {1 / 3: "the backward pass costs twice the forward", 2: "a product is counted once"}
-                factor = next((text for ratio, text in hint.items() if abs(got / want / ratio - 1) < 1e-3), "")
-                factor = factor or "count 12 H^2 a layer, V H once, 12 H T for attention; T is preset.block_size"
-                raise UserError(
-                    f"not yet: flops_per_token({name}) is {got:,.0f}, PyTorch counts {want:,.0f}: {factor}."
-                )
-        got, want = mfu(LOG), 0.42
-        if abs(got - want) > 1e-9:
-            wrong = {0.84: "the peak is that of one device", 0.3: "the first line pays for starting up"}
-            wrong[0.35] = "the median, not the mean"
-            hint = next((text for value, text in wrong.items() if abs(got - value) < 1e-9), "")
-            hint = hint or "the median of tokens_per_s x flops_per_token / (peak_flops x ranks)"
-            raise UserError(f"not yet: mfu of the log is {got:.4f}, want {want}: {hint}.")
-        model = build_gpt("tiny", 4096)
-        groups, names = parameter_groups(model), {id(p): name for name, p in model.named_parameters()}
-        decay = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
-        if sum(len(list(group["params"])) for group in groups) != len(names) or len(decay) != len(names):
-            raise UserError(f"not yet: the groups have {len(decay)} of {len(names)} parameters, each once is right.")
-        for name, parameter in model.named_parameters():
-            want = 0.1 if parameter.dim() > 1 else 0.0
-            if decay[name] != want:
-                raise UserError(f"not yet: {name} {tuple(parameter.shape)} decays with {decay[name]}, want {want}.")
-    except NotImplementedError:
-        raise UserError("not yet: a TODO still raises NotImplementedError. Fill it in and run this again.") from None
+    check_flops(flops_per_token)
+    check_mfu(mfu)
+    check_groups(parameter_groups)
     billions = flops_per_token(PRESETS["gpt2"], 50304) / 1e9
     print0(
         f"solved: GPT-2 124M takes {billions:.3f} GFLOP a token; 45 % of an H100 is {445.05e3 / billions:,.0f} tok/s"

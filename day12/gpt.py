@@ -8,8 +8,6 @@ Source: Radford et al. 2019 (GPT-2); https://github.com/karpathy/nanoGPT, model.
 """
 
 import math
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +15,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modeling_outputs import CausalLMOutput
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.model import Preset, get_preset
 

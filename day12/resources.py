@@ -1,21 +1,19 @@
 """Day 12: resource use - meters for what a device could do and what it did: data sheet, matrix product, utilisation.
 
-    from day12.resources import peak_flops, utilisation_meter     # train.py logs them, labs/resources.py reads them
+    from day12.resources import UsageMeter, peak_flops     # train.py logs them, labs/resources.py reads them
 
 Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, section 4.1 and appendix B.
 """
 
 import subprocess
-import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import median
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ is one level up
-
+from common.run_log import RunLog
 
 # Dense bf16 FLOP/s by a part of the device's name. NVIDIA's data sheets print the figure "with sparsity", twice these.
 PEAK_FLOPS = {
@@ -74,9 +72,44 @@ def utilisation_meter(device: torch.device) -> tuple[Callable[[], int], str]:
         return None, f"{reason}; pip install nvidia-ml-py"
 
 
-def summary(usage: list[dict], why_no_utilisation: str) -> str:
-    """Medians of a run's log lines after the first, which pays for starting up, as one line for the terminal."""
-    middle = {key: median(row[key] for row in usage[1:] or usage) for key in usage[0] if usage[0][key] is not None}
-    mfu = f"{middle['mfu']:.1%}" if "mfu" in middle else "unknown: no peak FLOP/s known for this device"
-    gpu = f"{middle['gpu_utilisation']:.0f} %" if "gpu_utilisation" in middle else f"unknown: {why_no_utilisation}"
-    return f"MFU {mfu} | data loader {middle['data_share']:.2%} of the time | GPU utilisation {gpu}"
+class UsageMeter:
+    """What a run uses of this rank's device between two log lines: MFU, the data loader's share, GPU utilisation."""
+
+    def __init__(self, log: RunLog, flops_per_token: int, device: torch.device) -> None:
+        self.log, self.flops, self.peak, self.device = log, flops_per_token, peak_flops(device), device
+        self.gpu_utilisation, self.why_no_utilisation = utilisation_meter(device)
+        self.rows, self.data_s = [], 0.0
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time within as the data loader's."""
+        start = time.perf_counter()
+        yield
+        self.data_s += time.perf_counter() - start
+
+    def row(self, tokens: int, loss: torch.Tensor) -> dict[str, float | None]:
+        """The figures since the last log line, for the next one; `tokens` are those of the step that it is about."""
+        float(loss)  # waits for the device
+        seconds = time.perf_counter() - self.log.since
+        mfu = self.peak and (self.log.tokens + tokens) / seconds * self.flops / self.peak
+        busy = self.gpu_utilisation and self.gpu_utilisation()
+        self.rows.append({"mfu": mfu, "data_share": self.data_s / seconds, "gpu_utilisation": busy})
+        self.data_s = 0.0
+        return self.rows[-1]
+
+    def restart(self) -> None:
+        """Leave out of the next row, and of the log's tokens/s, what was done since the last one."""
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize()
+        self.log.tokens, self.log.since, self.data_s = 0, time.perf_counter(), 0.0
+
+    def summary(self) -> str:
+        """Medians of the rows after the first, which pays for starting up, as one line for the terminal."""
+        if not self.rows:
+            return "resource use: unknown, the run was too short for a log line"
+        rows = self.rows[1:] or self.rows
+        middle = {key: median(row[key] for row in rows) for key in rows[0] if rows[0][key] is not None}
+        mfu = f"{middle['mfu']:.1%}" if "mfu" in middle else "unknown: no peak FLOP/s known for this device"
+        known = "gpu_utilisation" in middle
+        gpu = f"{middle['gpu_utilisation']:.0f} %" if known else f"unknown: {self.why_no_utilisation}"
+        return f"MFU {mfu} | data loader {middle['data_share']:.2%} of the time | GPU utilisation {gpu}"

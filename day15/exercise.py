@@ -9,22 +9,21 @@ is wrong, or "solved". The answers are in solution.py. Source: day15/notes.md.
 """
 
 import argparse
-import os
 import sys
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ is one level up
 
-from common.cpu import start_without_compiler
+from bench.world import join_world
 from common.errors import UserError, clear_errors
-from common.ranks import print0, require_launcher
+from common.ranks import print0
 from day15.schedule import in_flight, play, read_schedule
 
 TOKENS, HIDDEN, CLASSES, DEPTH = 50, 16, 3, 3
@@ -72,10 +71,44 @@ def layers() -> list[LayerSpec]:
     raise NotImplementedError
 
 
-def check_pipeline(specs: list[LayerSpec]) -> None:
-    """Compare the specs with Model, in one piece and as a pipeline."""
+def check_arithmetic(bubble: Callable, kept: Callable, micro_batches_for: Callable) -> None:
+    """Compare the three formulas with DeepSpeed's schedules, played through."""
+    for p in (1, 2, 3, 4, 8):
+        for m in (1, 2, 4, 8, 32):
+            stages = read_schedule("1f1b", p, m)
+            idle, got = 1 - 3 * m / Fraction(play(stages, 1, 2)), bubble(p, m)
+            if not isinstance(got, Fraction | int):
+                raise UserError(f"not yet: TODO 1, bubble({p}, {m}) is {got!r}: return it as Fraction(a, b).")
+            if got != idle:
+                raise UserError(f"not yet: bubble({p}, {m}) is {got}, in the schedule {idle}.")
+            for stage, events in enumerate(stages):
+                if (got := kept(p, m, stage)) != (want := in_flight(events)):
+                    raise UserError(f"not yet: kept({p}, {m}, {stage}) is {got}, in the schedule {want}.")
+        for limit in (Fraction(1, 10), Fraction(1, 3), Fraction(1, 20)):
+            want = next(m for m in range(1, 1000) if Fraction(p - 1, m + p - 1) <= limit)
+            if (got := micro_batches_for(p, limit)) != want:
+                raise UserError(f"not yet: micro_batches_for({p}, {limit}) is {got}, want {want}.")
+
+
+def specs_of(layers: Callable) -> list[LayerSpec]:
+    """Call layers(), and look at what it returns before anything is built."""
+    try:
+        specs = layers()
+    except TypeError as error:  # from LayerSpec itself
+        if "issubclass" not in str(error):
+            raise
+        raise UserError(
+            "not yet: TODO 4, a LayerSpec wants a class, torch.nn.ReLU say, no function, no object."
+        ) from error
+    if not isinstance(specs, list | tuple) or not specs:
+        raise UserError(f"not yet: TODO 4, layers() returns {specs!r}, not a list of LayerSpecs.")
     if built := [spec for spec in specs if not isinstance(spec, LayerSpec)]:
         raise UserError(f"not yet: {built[0]} in layers() is not a LayerSpec: a module that is built is on every rank.")
+    return list(specs)
+
+
+def check_pipeline(specs: list[LayerSpec]) -> None:
+    """Compare the specs with Model, in one piece and as a pipeline."""
     torch.manual_seed(0)
     model, whole = Model(), torch.nn.Sequential(*[spec.build() for spec in specs])
     want, got = ([tuple(p.shape) for p in m.parameters()] for m in (model, whole))
@@ -84,7 +117,16 @@ def check_pipeline(specs: list[LayerSpec]) -> None:
     for mine, theirs in zip(whole.parameters(), model.parameters(), strict=True):
         mine.data.copy_(theirs.data)
     ids, labels = torch.randint(TOKENS, (8, 6)), torch.randint(CLASSES, (8,))
-    if not torch.allclose(whole(ids), model(ids), atol=1e-6):
+    x = ids
+    for number, layer in enumerate(whole):
+        try:
+            x = layer(x)
+        except (RuntimeError, TypeError, ValueError) as error:
+            said = str(error).splitlines()[0]
+            raise UserError(
+                f"not yet: layer {number}, {layer}, cannot take what the one before gives: {said}"
+            ) from error
+    if not torch.allclose(x, model(ids), atol=1e-6):
         raise UserError("not yet: layers() has the right parameters and another result: what happens between them?")
     pipeline = PipelineModule(specs, num_stages=dist.get_world_size(), loss_fn=torch.nn.functional.cross_entropy)
     for number, layer in enumerate(pipeline.forward_funcs):
@@ -101,27 +143,9 @@ def check(bubble, kept, micro_batches_for, layers) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     parser.parse_args()
-    require_launcher()
-    start_without_compiler()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU
-    deepspeed.init_distributed()
-    try:
-        for p in (1, 2, 3, 4, 8):
-            for m in (1, 2, 4, 8, 32):
-                stages = read_schedule("1f1b", p, m)
-                idle = 1 - 3 * m / Fraction(play(stages, 1, 2))
-                if (got := bubble(p, m)) != idle:
-                    raise UserError(f"not yet: bubble({p}, {m}) is {got}, in the schedule {idle}.")
-                for stage, events in enumerate(stages):
-                    if (got := kept(p, m, stage)) != (want := in_flight(events)):
-                        raise UserError(f"not yet: kept({p}, {m}, {stage}) is {got}, in the schedule {want}.")
-            for limit in (Fraction(1, 10), Fraction(1, 3), Fraction(1, 20)):
-                want = next(m for m in range(1, 1000) if Fraction(p - 1, m + p - 1) <= limit)
-                if (got := micro_batches_for(p, limit)) != want:
-                    raise UserError(f"not yet: micro_batches_for({p}, {limit}) is {got}, want {want}.")
-        check_pipeline(layers())
-    except NotImplementedError:
-        raise UserError("not yet: a TODO still raises NotImplementedError. Fill it in and run this again.") from None
+    join_world()
+    check_arithmetic(bubble, kept, micro_batches_for)
+    check_pipeline(specs_of(layers))
     print0(f"solved: bubble, memory, micro-batches, and {len(layers())} layers on {dist.get_world_size()} stages")
     dist.destroy_process_group()
 

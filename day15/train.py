@@ -50,7 +50,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def layer_specs(preset: Preset, vocab_size: int) -> list[LayerSpec]:
-    """The model as a recipe. A LayerSpec builds nothing yet: a rank will build the layers of its own stage alone."""
+    """The model as a recipe: a LayerSpec builds nothing yet. No rank will ever hold more layers than its stage has.
+
+    (To divide the parameters evenly, PipelineModule builds each layer once on every rank, counts, and drops it again.)
+    """
     specs = [LayerSpec(Embed, vocab_size, preset.block_size, preset.hidden)]
     specs += [LayerSpec(Block, preset.hidden, preset.num_heads) for _ in range(preset.num_layers)]
     head = LayerSpec(torch.nn.Linear, preset.hidden, vocab_size, bias=False)  # day 16 ties it to the embedding

@@ -1,34 +1,26 @@
 """Day 12: a long run's parts - groups, schedule, checkpoints that continue bitwise - and what it holds and uses."""
 
 import argparse
-import importlib.util
 import json
 import sys
+from importlib import import_module
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, DistributedSampler
 
+from common.errors import UserError
 from common.model import PRESETS
 from common.run_log import read_rows
-from tests.launch import error_line, run_day, run_plain, run_ranks
+from config.read import read_config
+from day12 import checkpoint, exercise
+from day12.gpt import build_gpt, parameter_groups, to_transformers
+from day12.resources import peak_flops
+from tests.launch import SMALL_CORPUS, run_day, run_ranks, run_warm
 from tests.render import ROOT
 
 FP32 = "day12/ds_config_fp32.json"
 NUM_PARAMS, NUM_MATRIX, NUM_VECTOR = 934_528, 933_888, 640  # tiny, without biases
-
-
-def load(name: str):
-    """Import day12/<name>.py, which finds its neighbours as in a script."""
-    sys.path.insert(0, str(ROOT / "day12"))
-    try:
-        spec = importlib.util.spec_from_file_location(f"day12_{name}", ROOT / "day12" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(ROOT / "day12"))
-        for neighbour in ("gpt", "resources", "exercise", "train", "baseline_torch"):
-            sys.modules.pop(neighbour, None)
 
 
 def losses(run_dir) -> dict[int, float]:
@@ -40,7 +32,7 @@ def smoke(tmp_path_factory):
     """(the run, its folder) of the default config: autocast, ZeRO-0, through the launcher."""
     run_dir = tmp_path_factory.mktemp("smoke")
     flags = ["--steps", 20, "--log_every", 5, "--eval_every", 10, "--save_every", 20, "--sample_every", 20]
-    return run_day("day12/train.py", *flags, "--corpus", "moby_dick", "--run_dir", run_dir), run_dir
+    return run_day("day12/train.py", *flags, "--corpus", SMALL_CORPUS, "--run_dir", run_dir), run_dir
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +68,7 @@ def test_log_rows_say_where_the_time_went(smoke):
     rows = [row for row in read_rows(smoke[1]) if "data_share" in row]
     assert [row["step"] for row in rows] == [1, 5, 10, 15, 20]
     assert all(0 < row["data_share"] < 1 for row in rows)
-    run = run_plain("day12/labs/resources.py", smoke[1], "--measure")
+    run = run_warm("day12/labs/resources.py", smoke[1], "--measure")
     assert "934,528 parameters" in run.stdout and "%" in run.stdout and (smoke[1] / "resources.png").exists()
 
 
@@ -105,29 +97,29 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(interrupted):
             assert all(torch.equal(values[name], same[group][name]) for name in ("step", "exp_avg", "exp_avg_sq"))
 
 
-@pytest.mark.launch
-def test_a_finished_run_has_nothing_to_resume(interrupted, tmp_path):
-    whole = interrupted[0]
-    corpus = json.loads((whole / "settings.json").read_text())["corpus"]
-    flags = ["--deepspeed_config", FP32, "--steps", 6, "--corpus", corpus, "--run_dir", tmp_path]
-    run = run_ranks("day12/train.py", *flags, "--resume", whole, ranks=2, check=False)
-    assert run.code != 0 and "that run has 6 steps; --steps must be more" in error_line(run)
+class FinishedEngine:
+    """What `resume` asks of an engine, after 12 steps."""
+
+    global_rank = 0
+
+    def load_checkpoint(self, folder: str) -> tuple[str, dict]:
+        return folder, {"step": 12, "random": [(torch.get_rng_state(), torch.get_rng_state())]}
 
 
 def test_bad_input_gets_one_sentence(tmp_path):
-    train, old = load("train"), {"model": "tiny", "corpus": "all", "seed": 0, "batch": "8"}
+    old = {"model": "tiny", "corpus": "all", "seed": 0, "batch": "8"}
     (tmp_path / "settings.json").write_text(json.dumps(old))
-    new_run = {"resume": str(tmp_path), "run_dir": "elsewhere"}
-    train.check_resume(argparse.Namespace(**new_run), old)
+    new_run = {"resume": str(tmp_path), "run_dir": "elsewhere", "steps": 13}
+    checkpoint.check_resume(argparse.Namespace(**new_run), old)
+    assert checkpoint.resume(FinishedEngine(), argparse.Namespace(**new_run), old) == 12
     for args, settings, sentence in (
         ({"resume": "nowhere"}, old, "no settings.json there"),
         ({}, old | {"seed": 1}, "that run had seed 0, this one has 1"),
         ({"run_dir": str(tmp_path)}, old, "its log would be overwritten"),
+        ({"steps": 12}, old, "that run has 12 steps; --steps must be more"),
     ):
-        with pytest.raises(ValueError, match=sentence):
-            train.check_resume(argparse.Namespace(**new_run | args), settings)
-    with pytest.raises(ValueError, match=r"no config file 'no\.json'"):
-        train.read_config("no.json", 10)
+        with pytest.raises(UserError, match=sentence):
+            checkpoint.resume(FinishedEngine(), argparse.Namespace(**new_run | args), settings)
 
 
 @pytest.mark.parametrize(
@@ -146,56 +138,77 @@ def test_bad_input_gets_one_sentence(tmp_path):
         ),
         ("speed", ["--steps", "5"], "--steps 5 --window 10: take two windows or more"),
         ("resources", ["nowhere"], "no log nowhere/metrics.jsonl"),
+        ("train", ["--deepspeed_config", "no.json"], r"no config file 'no\.json'"),
+        ("train", ["--deepspeed_config", "TWICE"], "holds the key 'bf16' twice"),
     ],
 )
-def test_bad_flags_get_one_sentence(script, flags, sentence, monkeypatch):
+def test_bad_flags_get_one_sentence(script, flags, sentence, monkeypatch, tmp_path):
+    (tmp_path / "twice.json").write_text('{"bf16": {"enabled": true}, "bf16": {"enabled": false}}')
+    flags = [str(tmp_path / "twice.json") if flag == "TWICE" else flag for flag in flags]
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(sys, "argv", [f"day12/{script}.py", *flags])
-    with pytest.raises(ValueError, match=sentence):
-        load(script).main()
+    with pytest.raises(UserError, match=sentence):
+        import_module("day12.train" if script == "train" else f"day12.labs.{script}").main()
 
 
 def test_flops_per_token_are_those_that_pytorch_counts():
-    gpt, exercise = load("gpt"), load("exercise")
     for name in ("tiny", "mini"):
-        assert gpt.build_gpt(name, 4096).flops_per_token(PRESETS[name].block_size) == pytest.approx(
-            exercise.counted_flops(name, 4096), rel=1e-3
-        )
+        counted = exercise.counted_flops(name, 4096)
+        assert build_gpt(name, 4096).flops_per_token(PRESETS[name].block_size) == pytest.approx(counted, rel=1e-3)
     with torch.device("meta"):  # 12 layers of 12 x 768^2, 50,304 x 768; 12 x 12 x 768 x 1,024
-        assert (
-            gpt.build_gpt("gpt2", 50257).flops_per_token(1024) == 6 * (84_934_656 + 38_633_472 + 19_200) + 113_246_208
-        )
+        flops = build_gpt("gpt2", 50257).flops_per_token(1024)
+    assert flops == 6 * (84_934_656 + 38_633_472 + 19_200) + 113_246_208
 
 
 def test_matrices_decay_and_vectors_do_not():
-    train, model = load("train"), load("gpt").build_gpt("tiny", 4096)
-    matrices, vectors = train.parameter_groups(model)
+    matrices, vectors = parameter_groups(build_gpt("tiny", 4096))
     assert sum(p.numel() for p in matrices["params"]) == NUM_MATRIX and "weight_decay" not in matrices
     assert sum(p.numel() for p in vectors["params"]) == NUM_VECTOR and vectors["weight_decay"] == 0.0
 
 
 def test_the_schedule_follows_the_steps():
-    config = load("train").read_config(str(ROOT / "day12/ds_config.json"), 60)
+    config = read_config(ROOT / "day12/ds_config.json")
+    import_module("day12.train").stretch_schedule(config, 60)
     assert config["scheduler"]["params"]["total_num_steps"] == 60
     assert config["scheduler"]["params"]["warmup_num_steps"] == 6  # a tenth, as in the file
 
 
 def test_batches_continue_where_they_were():
-    from torch.utils.data import DataLoader, DistributedSampler
-
     blocks = list(range(50))
     sampler = DistributedSampler(blocks, num_replicas=2, rank=1, seed=3)
     loader = DataLoader(blocks, batch_size=4, sampler=sampler, drop_last=True)
-    train = load("train")
-    first = [batch.tolist() for batch, _ in zip(train.batches_from(loader, 0), range(16), strict=False)]
+
+    def some(position: int, count: int) -> list[list[int]]:
+        return [b.tolist() for b, _ in zip(checkpoint.batches_from(loader, position), range(count), strict=False)]
+
+    first = some(0, 16)
     for position in (1, 6, 7):  # an epoch has 6
-        rest = [batch.tolist() for batch, _ in zip(train.batches_from(loader, position), range(9), strict=False)]
-        assert rest == first[position : position + 9]
+        assert some(position, 9) == first[position : position + 9]
     assert first[:6] != first[6:12]
 
 
 def test_peak_flops_are_known_for_listed_devices_only():
-    assert load("resources").peak_flops(torch.device("cpu")) is None
+    assert peak_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("part", "answer", "sentence"),
+    [
+        ("flops", lambda preset, vocabulary: None, "TODO 1, flops_per_token(tiny) is None, not a number"),
+        ("mfu", lambda rows: "0.42", "TODO 2, mfu of the log is '0.42', not a number"),
+        ("groups", lambda model: None, 'TODO 3, a group has the keys "params" and "weight_decay", not None'),
+        ("groups", lambda model: [{"params": model.parameters()}], "\"weight_decay\", not ['params']"),
+        (
+            "groups",
+            lambda model: [{"params": model.named_parameters(), "weight_decay": 0.1}],
+            "TODO 3, a tuple in a group is no parameter of the model",
+        ),
+    ],
+)
+def test_the_exercise_says_what_is_wrong(part, answer, sentence):
+    with pytest.raises(UserError) as told:
+        getattr(exercise, f"check_{part}")(answer)
+    assert sentence in str(told.value)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +217,8 @@ def timelines(tmp_path_factory):
     found = {}
     for name, flags in (("plain", []), ("cured", ["--recompute", "--loss_chunks", 8])):
         run_dir = tmp_path_factory.mktemp(name)
-        run_ranks("day12/labs/memory.py", "--corpus", "moby_dick", "--steps", 2, "--run_dir", run_dir, *flags, ranks=2)
+        flags = ["--corpus", SMALL_CORPUS, "--steps", 2, *flags, "--run_dir", run_dir]
+        run_ranks("day12/labs/memory.py", *flags, ranks=2)
         assert (run_dir / "memory.png").exists()
         samples = json.loads((run_dir / "memory.json").read_text())["samples"]
         found[name] = {sample["when"]: sample for sample in samples if sample["step"] == 2}
@@ -238,7 +252,7 @@ def test_cures_show_in_the_timeline(timelines):
 @pytest.mark.launch
 def test_oom_is_provoked_and_cured(tmp_path):
     flags = ["--ranks", 1, "--model", "tiny", "--micro_batch", 32, "--steps", 2, "--cases", "loss_chunks"]
-    run = run_plain("day12/labs/oom.py", *flags, "--run_dir", tmp_path)
+    run = run_warm("day12/labs/oom.py", *flags, "--run_dir", tmp_path)
     result = json.loads((tmp_path / "oom.json").read_text())
     assert "you tried to allocate" in result["complaint"] or "out of memory" in result["complaint"]
     base, chunks = result["table"]
@@ -252,7 +266,7 @@ def test_oom_is_provoked_and_cured(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the fused loss is a CUDA kernel")
 def test_train_on_a_gpu_compiles_and_knows_its_mfu(tmp_path):
-    flags = ["--steps", 20, "--log_every", 5, "--corpus", "moby_dick", "--run_dir", tmp_path]
+    flags = ["--steps", 20, "--log_every", 5, "--corpus", SMALL_CORPUS, "--run_dir", tmp_path]
     run = run_day("day12/train.py", *flags, ranks=1)
     assert "compiled True" in run.stdout and run.held_out[20] < run.held_out[0] - 0.5
 
@@ -261,7 +275,7 @@ def test_train_on_a_gpu_compiles_and_knows_its_mfu(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the fused loss is a CUDA kernel")
 def test_the_fused_loss_is_the_plain_one():
     torch.manual_seed(0)
-    model = load("gpt").build_gpt("tiny", 4090).cuda()
+    model = build_gpt("tiny", 4090).cuda()
     ids = torch.randint(0, 4090, (2, 128), device="cuda")
     gradients = []
     for model.fused_loss in (False, True):
@@ -276,11 +290,10 @@ def test_the_fused_loss_is_the_plain_one():
 @pytest.mark.parametrize("vocab_size", [4096, 4090], ids=["whole", "padded"])
 def test_the_lean_model_is_a_gpt2_whose_biases_are_zero(vocab_size):
     """Logits, loss, and the gradients of each way to compute it: in parts, with recomputation."""
-    gpt = load("gpt")
     torch.manual_seed(0)
-    model = gpt.build_gpt("tiny", vocab_size)
+    model = build_gpt("tiny", vocab_size)
     ids = torch.randint(0, vocab_size, (2, 128))
-    theirs = gpt.to_transformers(model, eos_token_id=0)
+    theirs = to_transformers(model, eos_token_id=0)
     with torch.no_grad():
         assert torch.allclose(model(ids).logits, theirs(ids).logits, atol=1e-5)
         assert model(ids, ids).loss.item() == pytest.approx(theirs(ids, labels=ids).loss.item(), abs=1e-5)
@@ -297,10 +310,10 @@ def test_the_lean_model_is_a_gpt2_whose_biases_are_zero(vocab_size):
 LIKE_NANOGPT = """
 from dataclasses import dataclass
 
-import gpt
 import torch
 
 from common.model import Preset
+from day12 import gpt
 
 
 @dataclass
@@ -331,13 +344,13 @@ def test_deepspeed_and_plain_pytorch_train_the_same_model(tmp_path):
     (tmp_path / "clone").mkdir()
     (tmp_path / "clone/model.py").write_text(LIKE_NANOGPT)
     cases = ["lean", "no_average", "torch"]
-    flags = ["--cases", *cases, "--steps", 6, "--window", 2, "--turns", 2, "--batch_size", 2, "--corpus", "moby_dick"]
+    flags = ["--cases", *cases, "--steps", 6, "--window", 2, "--turns", 2, "--micro_batch", 2, "--corpus", SMALL_CORPUS]
     run_ranks("day12/labs/speed.py", *flags, "--nanogpt", tmp_path / "clone", "--run_dir", tmp_path, ranks=1)
     result = json.loads((tmp_path / "speed.json").read_text())
     lean, last, plain, nanogpt = (row["losses"] for row in result["table"])
     assert nanogpt == pytest.approx(lean, abs=3e-4) and result["turns"]["ratio_nanogpt"] > 0  # 8e-5
-    flags = ["--steps", 6, "--log_every", 1, "--batch_size", 2, "--corpus", "moby_dick"]
-    baseline = run_plain("day12/labs/baseline_torch.py", *flags, "--run_dir", tmp_path)
+    flags = ["--steps", 6, "--log_every", 1, "--micro_batch", 2, "--corpus", SMALL_CORPUS]
+    baseline = run_warm("day12/labs/baseline_torch.py", *flags, "--run_dir", tmp_path)
     if not torch.cuda.is_available():  # there the script compiles, and narrows the stream
         assert list(baseline.losses.values()) == pytest.approx(lean, abs=1e-4)  # 2e-5 was measured
     assert plain[-1] < plain[0]

@@ -2,7 +2,7 @@
 
 From the repository root, on one GPU (on CPU it runs uncompiled, to show that the losses agree):
 
-    python day12/labs/baseline_torch.py --model gpt2 --batch_size 32 --steps 200
+    python day12/labs/baseline_torch.py --model gpt2 --micro_batch 32 --steps 200
 
 Expect the losses of speed.py's rungs: a constant learning rate, no schedule. speed.py measures this loop as well.
 Checked with torch 2.13.0. Source: https://docs.pytorch.org/tutorials/recipes/recipes/tuning_guide.html
@@ -28,11 +28,11 @@ from day12.torch_loop import build_torch
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences an optimizer step")
+    parser.add_argument("--micro_batch", type=int, default=8, help="sequences a rank and micro-batch")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps (not micro-batches)")
     parser.add_argument("--log_every", type=int, default=20, help="optimizer steps between two log lines")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
-    parser.add_argument("--run_dir", default=default_run_dir("day12"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day12"), help="folder for metrics.jsonl")
     parser.add_argument("--model", default="tiny", help="preset of common/model.py")
     parser.add_argument("--corpus", default="all", help="shipped corpus, text file, or Hugging Face data set")
     return parser.parse_args()
@@ -49,7 +49,7 @@ def main() -> None:
     model.fused_loss = model.narrow_stream = device.type == "cuda"
     train_step = build_torch(model, compiled=device.type != "cpu")
     sampler = DistributedSampler(train_blocks, num_replicas=1, rank=0, seed=args.seed)
-    loader = DataLoader(train_blocks, batch_size=args.batch_size, sampler=sampler, drop_last=True)
+    loader = DataLoader(train_blocks, args.micro_batch, sampler=sampler, drop_last=True)
 
     log = RunLog(args.run_dir, args.steps, args.log_every, device)
     batches = endless_batches(loader)

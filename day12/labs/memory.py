@@ -26,12 +26,12 @@ HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 from bench.held import bucket_tensors, bytes_by_kind, live_tensors
-from common.cpu import start_without_compiler
+from bench.world import join_world
 from common.data import endless_batches, load_corpus, load_tokenizer, to_device
 from common.errors import UserError, clear_errors
 from common.model import get_preset
 from common.plots import plt
-from common.ranks import print0, require_launcher
+from common.ranks import print0
 from common.results import this_command, write_results
 from common.run_log import default_run_dir, show_path
 from day12.gpt import build_gpt
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps (not micro-batches)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--run_dir", default=default_run_dir("day12"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day12"), help="folder for memory.json and memory.png")
     parser.add_argument("--model", default="tiny", help="preset of common/model.py")
     parser.add_argument("--corpus", default="all", help="shipped corpus, text file, or Hugging Face data set")
     return parser.parse_args()
@@ -126,11 +126,10 @@ def plot(samples: list[dict], path: Path, title: str) -> None:
 
 def main() -> None:
     args = parse_args()
-    require_launcher()
     for name in ("steps", "loss_chunks"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: take 1 or more")
-    start_without_compiler()
+    join_world()
     preset = get_preset(args.model)
     tokenizer = load_tokenizer(preset.tokenizer)
     blocks, _ = load_corpus(args.corpus, tokenizer, preset.block_size)

@@ -13,23 +13,18 @@ Checked with deepspeed 0.19.8. Source: config/plan.py (what takes how much); arX
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
-import time
 from pathlib import Path
-
-import torch
 
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.table import Table
+from bench.world import default_ranks, start_ranks, wait_for_ranks
 from common.errors import UserError, clear_errors
 from common.model import get_preset
-from common.plots import plot_bars
-from common.results import this_command, write_results
-from common.run_log import default_run_dir, show_path
+from common.run_log import default_run_dir
 
 # What each rung of the ladder changes in the first one; {half} and the like are filled in from --micro_batch.
 CASES = {
@@ -53,52 +48,48 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="rungs besides base")
     parser.add_argument("--limit_gib", type=float, help="memory of a rank in GiB (default: 3/4 of what base takes)")
     parser.add_argument("--micro_batch", type=int, default=8, help="sequences a rank and micro-batch")
-    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2, help="processes, or GPUs")
+    parser.add_argument("--ranks", type=int, default=default_ranks(), help="processes, or GPUs")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps (not micro-batches)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
-    parser.add_argument("--run_dir", default=default_run_dir("day12"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day12"), help="folder for oom.json and plots")
     parser.add_argument("--model", default="mini", help="preset of common/model.py")
-    parser.add_argument("--port", type=int, default=29500, help="port on which rank 0 waits for the others")
     return parser.parse_args()
 
 
 def trial(case: str, limit_gib: float | None, args: argparse.Namespace) -> dict:
-    """Start trial.py's ranks, as the launcher would; return its row, or {"error": the first complaint}."""
-    changes = CASES[case].format(half=args.micro_batch // 2, all=args.micro_batch).split()
-    command = [
-        sys.executable,
-        HERE / "labs/trial.py",
-        "--model",
-        args.model,
-        "--steps",
-        args.steps,
-        "--seed",
-        args.seed,
-    ]
-    command += [*(["--micro_batch", args.micro_batch] if "--micro_batch" not in changes else []), *changes]
-    command += ["--limit_gib", limit_gib] if limit_gib else []
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.port), "WORLD_SIZE": str(args.ranks)}
-    processes = [
-        subprocess.Popen(
-            [str(word) for word in command], env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(args.ranks)
-    ]  # fmt: skip
-    while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
-        time.sleep(0.05)
-    for process in processes:  # one that failed ends them all: the others wait for it in vain
-        try:
-            process.wait(3)
-        except subprocess.TimeoutExpired:
-            process.kill()
-    outputs = [process.communicate() for process in processes]
+    """Run trial.py's ranks; return its row, or {"error": the first complaint about memory}."""
+    words = ["--model", args.model, "--steps", args.steps, "--seed", args.seed, "--micro_batch", args.micro_batch]
+    words += CASES[case].format(half=args.micro_batch // 2, all=args.micro_batch).split()  # of two, the last one counts
+    words += ["--limit_gib", limit_gib] if limit_gib else []
+    outputs = wait_for_ranks(start_ranks(args.ranks, HERE / "labs/trial.py", *words))
     if row := re.search(r"^row (.*)$", outputs[0][0], re.M):
         return json.loads(row[1])
-    complaint = next((found[1] for out, _ in outputs if (found := re.search(r"^rank \d+: (.*)$", out, re.M))), None)
-    if complaint is None:
-        raise UserError(f"trial {case} failed, and not for want of memory: {outputs[0][1].strip().splitlines()[-1]}")
-    return {"error": complaint}
+    for stdout, _ in outputs:
+        if complaint := re.search(r"^no memory: rank \d+: (.*)$", stdout, re.M):
+            return {"error": complaint[1]}
+    raise UserError(f"trial {case} failed, and not for want of memory: {outputs[0][1].strip().splitlines()[-1]}")
+
+
+COLUMNS = {
+    "fits": "fits", "peak GiB": "peak_gib:.3f", "saved GiB": "saved_gib:.3f", "tok/s": "tokens_per_s:.0f",
+    "speed": "speed:.2f", "last loss": "last_loss:.5f",
+}  # fmt: skip
+
+
+def climb(args: argparse.Namespace, base: dict, table: Table, limit_gib: float) -> None:
+    """Add a row for each rung: what it takes, whether that is below the limit, and its speed, all beside base's."""
+    base_gib = base["peak_bytes"] / 2**30
+    for case in ["base", *(case for case in args.cases if case != "base")]:
+        found = base if case == "base" else trial(case, None, args)
+        row = {"case": case, "changes": CASES[case], "fits": "no"}
+        if "error" in found:
+            row["error"] = f"out of memory without the limit as well: {found['error']}"
+        else:
+            peak_gib = found["peak_bytes"] / 2**30
+            row |= {"fits": "yes" if peak_gib <= limit_gib else "no", "peak_gib": peak_gib}
+            row |= {"speed": found["tokens_per_s"] / base["tokens_per_s"], "saved_gib": base_gib - peak_gib}
+            row |= {"tokens_per_s": found["tokens_per_s"], "losses": found["losses"], "last_loss": found["losses"][-1]}
+        table.add(row)
 
 
 def main() -> None:
@@ -113,40 +104,25 @@ def main() -> None:
     base = trial("base", None, args)
     if "error" in base:
         raise UserError(f"base does not even fit without a limit: a smaller --model or --micro_batch. {base['error']}")
-    base_gib, table, run_dir = base["peak_bytes"] / 2**30, [], Path(args.run_dir)
+    base_gib = base["peak_bytes"] / 2**30
     limit_gib = args.limit_gib or round(0.75 * base_gib, 3)
     complaint = trial("base", limit_gib, args).get("error", "nothing, it fits: set a lower --limit_gib")
     print(f"base takes {base_gib:.3f} GiB a rank; the limit is {limit_gib} GiB. Under it, base says:\n{complaint}\n")
-    print(f"{'case':14}{'fits':>6}{'peak GiB':>10}{'saved GiB':>11}{'tok/s':>9}{'speed':>8}{'last loss':>11}")
-    for case in ["base", *(case for case in args.cases if case != "base")]:
-        row = base if case == "base" else trial(case, None, args)
-        if "error" in row:
-            table.append({"case": case, "changes": CASES[case], "fits": "no", "error": row["error"]})
-            print(f"{case:14}{'no':>6}  out of memory without the limit as well")
-            continue
-        peak_gib, speed = row["peak_bytes"] / 2**30, row["tokens_per_s"] / base["tokens_per_s"]
-        fits = "yes" if peak_gib <= limit_gib else "no"
-        table.append({"case": case, "changes": CASES[case], "fits": fits, "peak_gib": peak_gib, "speed": speed})
-        table[-1] |= {"saved_gib": base_gib - peak_gib, "tokens_per_s": row["tokens_per_s"], "losses": row["losses"]}
-        numbers = f"{peak_gib:>10.3f}{base_gib - peak_gib:>11.3f}{row['tokens_per_s']:>9.0f}{speed:>8.2f}"
-        print(f"{case:14}{fits:>6}{numbers}{row['losses'][-1]:>11.5f}", flush=True)
-    fitting = [row for row in table if row["fits"] == "yes"]
-    fastest = max(fitting, key=lambda row: row["tokens_per_s"], default=None)
+    facts = {"model": args.model, "ranks": args.ranks, "limit_gib": limit_gib, "complaint": complaint}
+    table = Table(Path(args.run_dir) / "oom.json", COLUMNS, **facts)
+    climb(args, base, table, limit_gib)
+    fitting = [row for row in table.rows if row["fits"] == "yes"]
+    fastest = max(fitting, key=lambda row: row["tokens_per_s"])["case"] if fitting else None
+    proof = "no rung fits"
     if fastest:  # and now in earnest
-        proof = trial(fastest["case"], limit_gib, args)
-        proof = proof.get("error") or f"trains, {proof['tokens_per_s']:.0f} tok/s, last loss {proof['losses'][-1]:.5f}"
-    else:
-        proof = "no rung fits"
-    print(f"fastest that fits, under the limit: {fastest and fastest['case']}: {proof}")
-    write_results(
-        run_dir / "oom.json", this_command(), model=args.model, ranks=args.ranks, limit_gib=limit_gib,
-        complaint=complaint, fastest=fastest and fastest["case"], proof=proof, table=table,
-    )  # fmt: skip
-    trained = [row for row in table if "peak_gib" in row]
+        row = trial(fastest, limit_gib, args)
+        proof = row.get("error") or f"trains, {row['tokens_per_s']:.0f} tok/s, last loss {row['losses'][-1]:.5f}"
+    print(f"fastest that fits, under the limit: {fastest}: {proof}")
+    table.save(fastest=fastest, proof=proof)
     title = f"{args.model}, micro-batch {args.micro_batch}, {args.ranks} ranks, limit {limit_gib} GiB"
-    plot_bars({row["case"]: row["peak_gib"] for row in trained}, run_dir / "peak.png", title, "peak GiB a rank")
-    plot_bars({row["case"]: row["speed"] for row in trained}, run_dir / "speed.png", title, "tokens/s, base = 1")
-    print(f"table: {show_path(run_dir)}/oom.json | plots: peak.png, speed.png")
+    table.bars("peak_gib", "peak GiB a rank", title, name="peak")
+    table.bars("speed", "tokens/s, base = 1", title)
+    table.close()
 
 
 if __name__ == "__main__":

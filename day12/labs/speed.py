@@ -2,10 +2,10 @@
 
 From the repository root, on one GPU (on one CPU process it runs with what a CPU can do; its figures mean nothing):
 
-    deepspeed --num_accelerators 1 day12/labs/speed.py --model gpt2 --batch_size 32
+    deepspeed --num_accelerators 1 day12/labs/speed.py --model gpt2 --micro_batch 32
     deepspeed --num_accelerators 1 day12/labs/speed.py --steps 6 --window 2 --cases hf lean torch
     git clone https://github.com/karpathy/nanoGPT ../nanoGPT
-    deepspeed --num_accelerators 1 day12/labs/speed.py --model gpt2 --batch_size 32 --turns 21 --nanogpt ../nanoGPT
+    deepspeed --num_accelerators 1 day12/labs/speed.py --model gpt2 --micro_batch 32 --turns 21 --nanogpt ../nanoGPT
 
 Expect a table: tokens/s, MFU, peak memory and the loss, a rung a line; then the last rung and PyTorch's loop take turns
 for a fair ratio, with the largest difference of their losses. Each rung keeps the changes of those before it. nanoGPT,
@@ -14,13 +14,11 @@ Checked with deepspeed 0.19.8. Source: deepspeed/runtime/engine.py (_take_model_
 """
 
 import argparse
-import gc
-import json
 import math
-import os
 import sys
-import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -29,21 +27,23 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.nn.functional import pad
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers.modeling_outputs import CausalLMOutput
 
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from common.cpu import start_without_compiler
-from common.data import endless_batches, load_corpus, load_tokenizer, to_device
+from bench.held import live_tensors
+from bench.memory import free
+from bench.table import Table
+from bench.timing import ratio, take_turns, time_step
+from bench.trace import ON_DEVICE, longest_ms, ms_by_kind, trace_step, union_ms
+from bench.world import join_world
+from common.data import TokenBlocks, endless_batches, load_corpus, load_tokenizer, to_device
 from common.errors import UserError, clear_errors
 from common.model import Preset, build_model, get_preset
-from common.plots import plot_bars
-from common.ranks import print0, require_launcher
-from common.results import this_command, write_results
-from common.run_log import default_run_dir, show_path
+from common.ranks import print0
+from common.run_log import default_run_dir
 from day12.gpt import GPT, build_gpt, parameter_groups
 from day12.resources import peak_flops
 from day12.torch_loop import ADAMW, build_torch
@@ -73,12 +73,14 @@ def parse_args() -> argparse.Namespace:
         "--turns", type=int, default=0, help="windows that the last rung and PyTorch's loop take by turns"
     )
     parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT, to measure its model as well")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences a rank and optimizer step")
+    parser.add_argument("--micro_batch", type=int, default=8, help="sequences a rank and micro-batch")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps (not micro-batches)")
     parser.add_argument("--window", type=int, default=10, help="steps between two looks at the clock")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--run_dir", default=default_run_dir("day12"), help="folder for metrics.jsonl and plots")
+    parser.add_argument(
+        "--run_dir", default=default_run_dir("day12"), help="folder for speed.json, speed.png and traces"
+    )
     parser.add_argument("--model", default="tiny", help="preset of common/model.py")
     parser.add_argument("--corpus", default="all", help="shipped corpus, text file, or Hugging Face data set")
     return parser.parse_args()
@@ -111,8 +113,8 @@ class NanoGPT(torch.nn.Module):
         return CausalLMOutput(loss=loss)
 
 
-def build(case: str, vocab_size: int, args: argparse.Namespace, device: torch.device):
-    """Return (train_step(batch) -> loss, the model) of a case."""
+def build(case: str, vocab_size: int, args: argparse.Namespace, device: torch.device) -> Callable:
+    """Return train_step(batch) -> loss of a case."""
     on_cuda = device.type == "cuda"
     on = changes_of(BASELINES.get(case, case))
     torch.manual_seed(args.seed)
@@ -128,9 +130,9 @@ def build(case: str, vocab_size: int, args: argparse.Namespace, device: torch.de
     torch.compiler.reset()
     compiled = "compiled" in on and on_cuda  # on CPU no compiler is promised
     if case in BASELINES:
-        return build_torch(model, compiled), model
+        return build_torch(model, compiled)
     config = {
-        "train_micro_batch_size_per_gpu": args.batch_size,
+        "train_micro_batch_size_per_gpu": args.micro_batch,
         "gradient_clipping": 0.0 if "foreach_clip" in on else 1.0,
         "optimizer": {"type": "AdamW", "params": {**ADAMW, "torch_adam": True, "fused": True}},
         "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
@@ -150,19 +152,37 @@ def build(case: str, vocab_size: int, args: argparse.Namespace, device: torch.de
         engine.step()
         return loss.detach()
 
-    return train_step, model
+    return train_step
 
 
-def train(train_step, batches, num_steps: int, window: int, device: torch.device) -> tuple[list[float], list[float]]:
-    """Return (losses, seconds a step of each window). Between two looks at the clock the host need not wait."""
-    losses, seconds = [], []
-    for _ in range(num_steps // window):
-        get_accelerator().synchronize()
-        start = time.perf_counter()
-        losses += [train_step(to_device(next(batches), device)) for _ in range(window)]
-        get_accelerator().synchronize()
-        seconds.append((time.perf_counter() - start) / window)
-    return [loss.item() for loss in losses], seconds
+@dataclass
+class Setting:
+    """What all cases have in common: data, device, and the numbers that turn seconds into figures."""
+
+    args: argparse.Namespace
+    device: torch.device
+    blocks: TokenBlocks
+    vocab_size: int
+    flops: int  # a token
+
+    def build(self, case: str) -> tuple[Callable, Iterator[dict]]:
+        """(train_step, its batches): every case gets the same ones."""
+        sampler = DistributedSampler(self.blocks, seed=self.args.seed)  # each rank its own blocks
+        loader = DataLoader(self.blocks, self.args.micro_batch, sampler=sampler, drop_last=True)
+        batches = (to_device(batch, self.device) for batch in endless_batches(loader))
+        return build(case, self.vocab_size, self.args, self.device), batches
+
+    def window(self, train_step: Callable, batches: Iterator[dict]) -> list[torch.Tensor]:
+        """Losses of the steps between two looks at the clock, in which the host need not wait for the device."""
+        return [train_step(next(batches)) for _ in range(self.args.window)]
+
+    def speed(self, runs: list[tuple[float, list[torch.Tensor]]]) -> dict:
+        """tokens/s and MFU of one rank: the median of the windows after the first; all losses and windows."""
+        window_s = [seconds / self.args.window for seconds, _ in runs]
+        rate = self.args.micro_batch * get_preset(self.args.model).block_size / median(window_s[1:])
+        peak = peak_flops(self.device)
+        losses = [loss.item() for _, losses in runs for loss in losses]
+        return {"tokens_per_s": rate, "mfu": peak and rate * self.flops / peak, "losses": losses, "window_s": window_s}
 
 
 KINDS = {  # of GPU work, by words in the kernels' names
@@ -172,124 +192,91 @@ KINDS = {  # of GPU work, by words in the kernels' names
 }  # fmt: skip
 
 
-def look_into_a_step(train_step, batch: dict, path: Path) -> dict[str, float]:
-    """Milliseconds of GPU work in one step by kind, and of idling, from a trace."""
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        for _ in range(3):  # the middle of three: the host runs ahead as it does in training
-            train_step(batch)
-        get_accelerator().synchronize()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    trace.export_chrome_trace(str(path))
-    events = [
-        e for e in json.loads(path.read_text())["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
-    ]
-    spent, longest = dict.fromkeys([*KINDS, "other"], 0.0), {}
-    for event in events:
-        name = event["name"].lower()
-        kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
-        spent[kind] += event["dur"] / 3e3
-        longest[event["name"][:70]] = longest.get(event["name"][:70], 0.0) + event["dur"] / 3e3
-    span = max(e["ts"] + e["dur"] for e in events) - min(e["ts"] for e in events)
-    spent["idle"] = span / 3e3 - sum(spent.values())
-    return spent | {"longest": dict(sorted(longest.items(), key=lambda item: -item[1])[:16])}
+def look_into_a_step(step: Callable, path: Path) -> dict:
+    """Milliseconds of GPU work in one step by kind, of idling, and of the longest kernels, from a trace."""
+    repeats = 3  # in the middle one the host runs ahead as it does in training
+    events = [event for event in trace_step(step, path, repeats) if event.get("cat") in ON_DEVICE]
+    spent = ms_by_kind(events, KINDS)
+    first, last = min(event["ts"] for event in events), max(event["ts"] + event["dur"] for event in events)
+    spent["idle"] = (last - first) / 1e3 - union_ms(events)
+    longest = {name: ms / repeats for name, ms in longest_ms(events).items()}
+    return {kind: ms / repeats for kind, ms in spent.items()} | {"longest": longest}
 
 
-def main() -> None:
-    args = parse_args()
-    require_launcher()
+def measure(setting: Setting, case: str, row: dict) -> None:
+    """Train the case and fill its row."""
+    args = setting.args
+    get_accelerator().reset_peak_memory_stats()
+    train_step, batches = setting.build(case)
+    runs = [time_step(lambda: setting.window(train_step, batches)) for _ in range(args.steps // args.window)]
+    row |= setting.speed(runs)
+    row |= {"last_loss": row["losses"][-1], "peak_gib": get_accelerator().max_memory_allocated() / 2**30}
+    if case in args.profile:
+        batch = next(batches)
+        row["gpu_ms"] = look_into_a_step(lambda: train_step(batch), Path(args.run_dir) / f"{case}.json")
+
+
+def by_turns(setting: Setting, cases: list[str]) -> dict:
+    """The cases by turns, a window each; their figures, and how much faster than the others the last rung is."""
+    built = {case: setting.build(case) for case in cases}
+    steps = {case: lambda both=both: setting.window(*both) for case, both in built.items()}
+    runs = take_turns(steps, setting.args.turns)
+    found = {case: setting.speed(runs[case]) for case in cases}
+    for case in cases:
+        found[case]["window_s"] = found[case]["window_s"][1:]  # the first warms up
+        print0(f"{case:16}{found[case]['tokens_per_s']:12,.0f} tok/s, last loss {found[case]['losses'][-1]:.4f}")
+    pairs = list(zip(found["torch"]["losses"], found["no_average"]["losses"], strict=True))
+    apart = max(abs(theirs - ours) for theirs, ours in pairs)
+    ratios = {case: ratio(runs[case], runs["no_average"]) for case in cases if case != "no_average"}
+    how_far = f"losses at most {apart:.4f} apart over {len(pairs)} steps"
+    print0(f"DeepSpeed / PyTorch, by turns: {ratios['torch']:.4f} | {how_far}")
+    found |= {"ratio": ratios["torch"], "losses_apart": apart}
+    if "nanogpt" in ratios:
+        found["ratio_nanogpt"] = ratios["nanogpt"]
+        print0(f"DeepSpeed / nanoGPT, by turns: {ratios['nanogpt']:.4f}")
+    return found
+
+
+def refuse_bad_flags(args: argparse.Namespace) -> None:
     if args.window < 1 or args.steps < 2 * args.window:
-        raise UserError(
-            f"--steps {args.steps} --window {args.window}: take two windows or more, the first does not count"
-        )
+        sizes = f"--steps {args.steps} --window {args.window}"
+        raise UserError(f"{sizes}: take two windows or more, the first does not count")
     if args.nanogpt and not Path(args.nanogpt, "model.py").exists():
         raise UserError(f"--nanogpt {args.nanogpt}: no model.py there; git clone https://github.com/karpathy/nanoGPT")
     if args.turns == 1:
         raise UserError("--turns 1: take 2 or more, the first does not count")
-    start_without_compiler()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU
-    deepspeed.init_distributed()
-    device = torch.device(get_accelerator().current_device_name())
-    if args.profile and device.type == "cpu":
-        raise UserError(
-            f"--profile {' '.join(args.profile)} shows what a GPU does in a step: this is a CPU, leave it out"
-        )
+    if args.profile and get_accelerator().device_name() == "cpu":
+        cases = " ".join(args.profile)
+        raise UserError(f"--profile {cases} shows what a GPU does in a step: this is a CPU, leave it out")
+
+
+def main() -> None:
+    args = parse_args()
+    refuse_bad_flags(args)
+    device = join_world()
     preset = get_preset(args.model)
     tokenizer = load_tokenizer(preset.tokenizer)
     blocks, _ = load_corpus(args.corpus, tokenizer, preset.block_size)
     with torch.device("meta"):
         flops = GPT(preset, len(tokenizer)).flops_per_token(preset.block_size)
-    peak = peak_flops(device)
-    tokens = args.batch_size * preset.block_size
-
-    def new_batches():
-        sampler = DistributedSampler(blocks, seed=args.seed)  # each rank its own blocks
-        return endless_batches(DataLoader(blocks, args.batch_size, sampler=sampler, drop_last=True))
-
-    def speed_of(seconds: list[float]) -> dict:
-        rate = tokens / median(seconds)  # of one rank
-        return {"tokens_per_s": rate, "mfu": rate * flops / peak if peak else None}
-
-    table, nanogpt = [], ["nanogpt"] if args.nanogpt else []
-    print0(f"{'case':16}{'tok/s/rank':>12}{'MFU':>8}{'peak GiB':>10}{'last loss':>11}")
+    setting = Setting(args, device, blocks, len(tokenizer), flops)
+    nanogpt = ["nanogpt"] if args.nanogpt else []
+    columns = {"tok/s/rank": "tokens_per_s:,.0f", "MFU": "mfu:.1%", "peak GiB": "peak_gib:.2f"}
+    columns["last loss"] = "last_loss:.4f"
+    table = Table(Path(args.run_dir) / "speed.json", columns, flops_per_token=flops)
+    before = live_tensors(device)
     for case in [*args.cases, *nanogpt]:
-        get_accelerator().reset_peak_memory_stats()
-        train_step, model = build(case, len(tokenizer), args, device)
-        batches = new_batches()
-        losses, seconds = train(train_step, batches, args.steps, args.window, device)
-        row = {"case": case, **speed_of(seconds[1:]), "losses": losses, "window_s": seconds}
-        row["peak_gib"] = get_accelerator().max_memory_allocated() / 2**30
-        if case in args.profile:
-            row["gpu_ms"] = look_into_a_step(
-                train_step, to_device(next(batches), device), Path(args.run_dir) / f"{case}.json"
-            )
-        table.append(row)
-        mfu = f"{row['mfu']:8.1%}" if peak else f"{'-':>8}"
-        print0(f"{case:16}{row['tokens_per_s']:12,.0f}{mfu}{row['peak_gib']:10.2f}{losses[-1]:11.4f}")
-        if "gpu_ms" in row:
-            print0(
-                "    ms: " + " | ".join(f"{kind} {ms:.2f}" for kind, ms in row["gpu_ms"].items() if kind != "longest")
-            )
-            print0("\n".join(f"    {ms:7.2f} {name}" for name, ms in row["gpu_ms"]["longest"].items()))
-        if dist.get_rank() == 0:
-            write_results(Path(args.run_dir) / "speed.json", this_command(), flops_per_token=flops, table=table)
-        del train_step, model, batches
-        gc.collect()
-        get_accelerator().empty_cache()
-
+        with table.row(case) as row:
+            measure(setting, case, row)
+        if spent := dict(row.get("gpu_ms", {})):
+            longest = spent.pop("longest")
+            print0("    ms: " + " | ".join(f"{kind} {ms:.2f}" for kind, ms in spent.items()))
+            print0("\n".join(f"    {ms:7.2f} {name}" for name, ms in longest.items()))
+        free(device, before)
     if args.turns:
-        steps = {case: build(case, len(tokenizer), args, device)[0] for case in ("torch", "no_average", *nanogpt)}
-        data, losses, seconds = {case: new_batches() for case in steps}, {c: [] for c in steps}, {c: [] for c in steps}
-        for turn in range(args.turns):
-            for case, train_step in steps.items():
-                new_losses, times = train(train_step, data[case], args.window, args.window, device)
-                losses[case] += new_losses
-                seconds[case] += times if turn else []
-        pair = {case: speed_of(seconds[case]) | {"losses": losses[case], "window_s": seconds[case]} for case in steps}
-        ratios = {
-            other: median(a / b for a, b in zip(seconds[other], seconds["no_average"], strict=True))
-            for other in ("torch", *nanogpt)
-        }
-        apart = max(abs(a - b) for a, b in zip(losses["torch"], losses["no_average"], strict=True))
-        for case in steps:
-            print0(f"{case:16}{pair[case]['tokens_per_s']:12,.0f} tok/s, last loss {losses[case][-1]:.4f}")
-        print0(
-            f"DeepSpeed / PyTorch, by turns: {ratios['torch']:.4f} | losses at most {apart:.4f} apart"
-            f" over {len(losses['torch'])} steps"
-        )
-        pair |= {"ratio": ratios["torch"], "losses_apart": apart}
-        if nanogpt:
-            pair["ratio_nanogpt"] = ratios["nanogpt"]
-            print0(f"DeepSpeed / nanoGPT, by turns: {ratios['nanogpt']:.4f}")
-        if dist.get_rank() == 0:
-            write_results(
-                Path(args.run_dir) / "speed.json", this_command(), flops_per_token=flops, table=table, turns=pair
-            )
-    if dist.get_rank() == 0:
-        speed = {row["case"]: row["tokens_per_s"] for row in table}
-        plot_bars(
-            speed, Path(args.run_dir) / "speed.png", f"{args.model}, {args.batch_size} sequences a rank", "tokens/s"
-        )
-        print0(f"table: {show_path(args.run_dir)}/speed.json | plot: speed.png")
+        table.save(turns=by_turns(setting, ["torch", "no_average", *nanogpt]))
+    table.bars("tokens_per_s", "tokens/s", f"{args.model}, {args.micro_batch} sequences a rank", name="speed")
+    table.close()
     dist.destroy_process_group()
 
 

@@ -12,31 +12,26 @@ Checked with deepspeed 0.19.8. Source: torch.cuda.set_per_process_memory_fractio
 """
 
 import argparse
-import ctypes
 import json
-import os
-import re
-import resource
 import sys
-import time
 from pathlib import Path
-from statistics import median
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from common.cpu import start_without_compiler
+from bench.memory import is_out_of_memory, leave_out_of_memory, limit_memory, peak_bytes
+from bench.timing import slowest_median, time_step
+from bench.world import join_world
 from common.errors import UserError, clear_errors
 from common.model import get_preset
-from common.ranks import over_ranks, print0, require_launcher
+from common.ranks import over_ranks, print0
+from config.read import read_config
 from day12.gpt import build_gpt
 
 VOCABULARY = {"tiny": 4096, "mini": 4096}  # the others have GPT-2's 50,257 ids
-NO_ROOM = re.compile(r"can't allocate memory|out of memory|Cannot allocate memory")
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,9 +52,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_config(args: argparse.Namespace, num_params: int) -> dict:
+def make_config(args: argparse.Namespace, num_params: int) -> dict:
     """The base config with what the flags change."""
-    config = json.loads(Path(args.deepspeed_config).read_text())
+    config = read_config(args.deepspeed_config)
     config.pop("scheduler", None)  # a few steps are no run: no warm-up either
     config |= {"train_micro_batch_size_per_gpu": args.micro_batch, "gradient_accumulation_steps": args.accumulation}
     config |= {"zero_optimization": {"stage": args.stage, "reduce_bucket_size": max(500_000, num_params // 10)}}
@@ -73,74 +68,50 @@ def read_config(args: argparse.Namespace, num_params: int) -> dict:
     return config
 
 
-def status_bytes(name: str) -> int:
-    """A figure of this process from the kernel: VmData (private memory), VmRSS (in RAM), VmHWM (most so far)."""
-    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-
-def set_limit(limit_gib: float | None, device: torch.device) -> int:
-    """Limit what this rank may allocate from now on; return what it holds now."""
-    limit = limit_gib and int(limit_gib * 2**30)
-    if device.type == "cpu":
-        ctypes.CDLL(None).mallopt(-3, 2**16)  # glibc: each tensor over 64 KiB its own mapping, given back when freed
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        if limit:
-            hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-            resource.setrlimit(resource.RLIMIT_DATA, (status_bytes("VmData") + limit, hard))
-        return status_bytes("VmRSS")
-    if limit:
-        total = get_accelerator().total_memory()
-        torch.get_device_module(device).set_per_process_memory_fraction(min(1.0, limit / total), device)
-    return 0
-
-
 def train(args: argparse.Namespace, device: torch.device) -> dict:
-    """Train on random ids: memory and speed do not depend on what they say. Return losses and median step time."""
+    """Train on random ids: memory and speed do not depend on what they say. Return losses and tokens/s. Collective."""
     preset, vocabulary = get_preset(args.model), VOCABULARY.get(args.model, 50257)
     torch.manual_seed(args.seed)  # the same on every rank, so every rank builds the same weights
     with device:
         model = build_gpt(args.model, vocabulary)
     model.recompute, model.loss_chunks = args.recompute, args.loss_chunks
-    config = read_config(args, model.num_params)
+    config = make_config(args, model.num_params)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     draw = torch.Generator().manual_seed(args.seed + engine.global_rank)
     batch = torch.randint(vocabulary, (args.accumulation * args.micro_batch, preset.block_size), generator=draw)
-    times, losses = [], []
-    for _ in range(args.steps):
-        get_accelerator().synchronize()
-        start, loss_sum = time.perf_counter(), 0.0
+
+    def step() -> float:
+        loss_sum = 0.0
         for ids in batch.to(device).split(args.micro_batch):
             loss = engine(input_ids=ids, labels=ids).loss
             engine.backward(loss)
             engine.step()
             loss_sum += loss.item() / args.accumulation
-        times.append(time.perf_counter() - start)
-        losses.append(over_ranks(loss_sum, device))
+        return loss_sum
+
+    times, losses = [], []
+    for _ in range(args.steps):
+        seconds, loss = time_step(step)
+        times.append(seconds)
+        losses.append(over_ranks(loss, device))
     tokens = batch.numel() * engine.dp_world_size
-    return {"losses": losses, "tokens_per_s": tokens / over_ranks(median(times[1:]), device, "max")}
+    return {"losses": losses, "tokens_per_s": tokens / slowest_median(times, device, warm_up=1)}
 
 
 def main() -> None:
     args = parse_args()
-    require_launcher()
     for name, least in {"steps": 2, "loss_chunks": 1}.items():  # the first step, which sets up, is not timed
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: take {least} or more")
-    start_without_compiler()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed()
-    device = torch.device(get_accelerator().current_device_name())
-    held = set_limit(args.limit_gib, device)
+    device = join_world()
+    held = limit_memory(args.limit_gib and int(args.limit_gib * 2**30), device)
     try:
         row = train(args, device)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not NO_ROOM.search(str(error)):
+        if not is_out_of_memory(error):
             raise
-        sys.stdout.write(f"rank {os.environ['RANK']}: {type(error).__name__}: {' '.join(str(error).split())}\n")
-        sys.stdout.flush()
-        os._exit(1)  # at once: the other ranks wait for this one, and the launcher ends them when it is gone
-    peak = status_bytes("VmHWM") - held if device.type == "cpu" else get_accelerator().max_memory_allocated()
-    row["peak_bytes"] = over_ranks(peak, device, "max")
+        leave_out_of_memory(error)
+    row["peak_bytes"] = over_ranks(peak_bytes(device, held), device, "max")
     print0(f"{row['peak_bytes'] / 2**30:.3f} GiB | {row['tokens_per_s']:.0f} tok/s | loss {row['losses'][-1]:.6f}")
     print0(f"row {json.dumps(row)}")
     torch.distributed.destroy_process_group()

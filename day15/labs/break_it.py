@@ -10,8 +10,6 @@ Checked with deepspeed 0.19.8. Source: deepspeed/runtime/pipe/engine.py, deepspe
 """
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -21,17 +19,17 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule
 
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from common.cpu import start_without_compiler
+from bench.world import join_world
 from common.errors import clear_errors
 from common.ranks import print0, require_launcher
 from common.results import this_command, write_results
 from common.run_log import default_run_dir
+from config.read import read_config
 
 LINEAR = (LayerSpec(torch.nn.Linear, 4, 4), LayerSpec(torch.nn.ReLU), LayerSpec(torch.nn.Linear, 4, 4))
 BATCH = (torch.ones(2, 4), torch.zeros(2, 4))  # (inputs, labels) of one micro-batch
@@ -43,7 +41,7 @@ def module(layers=LINEAR, num_stages=2, **options) -> PipelineModule:
 
 def engine(num_stages: int = 2, layers=LINEAR, **changes) -> deepspeed.PipelineEngine:
     """An engine of the shipped config with `changes`; None takes a key out."""
-    config = json.loads((HERE / "ds_config.json").read_text()) | changes
+    config = read_config(HERE / "ds_config.json") | changes
     config = {key: value for key, value in config.items() if value is not None}
     model = module(layers, num_stages)
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
@@ -99,7 +97,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mistakes", nargs="+", choices=MISTAKES | ALONE, default=list(MISTAKES), help="which to make")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--run_dir", default=default_run_dir("day15"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day15"), help="folder for break_it.json")
     return parser.parse_args()
 
 
@@ -116,11 +114,9 @@ def attempt(mistake: Callable) -> str:
 def main() -> None:
     args = parse_args()
     require_launcher()
-    start_without_compiler()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU
     said = {"before_init_distributed": attempt(module)}
     print0(f"before_init_distributed: {said['before_init_distributed']}")
-    deepspeed.init_distributed()
+    join_world()
     rank = torch.distributed.get_rank()
     for name in args.mistakes:
         said[name] = attempt((MISTAKES | ALONE)[name])

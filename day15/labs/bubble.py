@@ -11,8 +11,6 @@ Checked with deepspeed 0.19.8. Source: deepspeed/runtime/pipe/engine.py; arXiv:2
 """
 
 import argparse
-import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -29,11 +27,13 @@ from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from common.cpu import start_without_compiler
+from bench.table import Table
+from bench.timing import time_step
+from bench.world import join_world
 from common.errors import UserError, clear_errors
-from common.ranks import print0, require_launcher
-from common.results import this_command, write_results
-from common.run_log import default_run_dir, show_path
+from common.ranks import print0
+from common.run_log import default_run_dir
+from config.read import read_config
 from day15.schedule import SCHEDULES, play, read_schedule
 
 SHAPE = (2, 64, 128)  # a micro-batch between two stages: sequences, tokens, hidden
@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--backward", type=float, default=0.04, help="seconds of a backward pass through one stage")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps (not micro-batches)")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--run_dir", default=default_run_dir("day15"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day15"), help="folder for bubble.json")
     return parser.parse_args()
 
 
@@ -100,31 +100,39 @@ def keep_every_loss(engine: deepspeed.PipelineEngine) -> None:
     engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {ForwardPass: forward_pass, BackwardPass: backward_pass}
 
 
-def main() -> None:
-    args = parse_args()
-    require_launcher()
-    if min(args.steps, *args.micro_batches) < 1:
-        raise UserError(f"--steps {args.steps} --micro_batches {min(args.micro_batches)}: both start at 1")
-    start_without_compiler()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU
-    deepspeed.init_distributed()
-    stages = int(os.environ["WORLD_SIZE"])
-    layers = [LayerSpec(SleepingLayer, SHAPE[-1], args.forward, args.backward) for _ in range(stages)]
-    model = PipelineModule(layers, num_stages=stages, loss_fn=torch.nn.functional.mse_loss)
-    config = json.loads(Path(args.deepspeed_config).read_text()) | {"train_micro_batch_size_per_gpu": SHAPE[0]}
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    keep_every_loss(engine)
-    (layer,) = model.forward_funcs
-    print0(f"{stages} stages | forward {args.forward} s, backward {args.backward} s | {engine.device.type}")
-
-    sent, send = [], p2p.send
+def count_sent(sent: list[int]) -> None:
+    """Let `sent` have the bytes of each message of this rank to another stage (they go past DeepSpeed's own log)."""
+    send = p2p.send
 
     def counting_send(tensor: torch.Tensor, stage: int) -> None:
         sent.append(tensor.numel() * tensor.element_size())
         send(tensor, stage)
 
     p2p.send = counting_send
-    table, batch = [], (torch.ones(SHAPE), torch.zeros(SHAPE))
+
+
+COLUMNS = {
+    "seconds": "seconds:.3f", "computed": "computed_s:.3f", "bubble": "bubble:.3f", "formula": "formula:.3f",
+    "kept, by stage": "kept:", "bytes sent": "sent_bytes:,",
+}  # fmt: skip
+
+
+def main() -> None:
+    args = parse_args()
+    if min(args.steps, *args.micro_batches) < 1:
+        raise UserError(f"--steps {args.steps} --micro_batches {min(args.micro_batches)}: both start at 1")
+    config = read_config(args.deepspeed_config) | {"train_micro_batch_size_per_gpu": SHAPE[0]}
+    join_world()
+    stages = dist.get_world_size()
+    layers = [LayerSpec(SleepingLayer, SHAPE[-1], args.forward, args.backward) for _ in range(stages)]
+    model = PipelineModule(layers, num_stages=stages, loss_fn=torch.nn.functional.mse_loss)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    keep_every_loss(engine)
+    (layer,) = model.forward_funcs
+    print0(f"{stages} stages | forward {args.forward} s, backward {args.backward} s | {engine.device.type}")
+    sent, batch = [], (torch.ones(SHAPE), torch.zeros(SHAPE))
+    count_sent(sent)
+    table = Table(Path(args.run_dir) / "bubble.json", COLUMNS, stages=stages)
     for name in ("1f1b", "gpipe"):
         engine._train_schedule = lambda name=name: SCHEDULES[name](engine.micro_batches, stages, engine.stage_id)
         for micro_batches in args.micro_batches:
@@ -134,24 +142,16 @@ def main() -> None:
                 layer.most_kept = 0
                 sent.clear()
                 dist.barrier()
-                start = time.perf_counter()
-                engine.train_batch(iter([batch] * micro_batches))
-                seconds.append(time.perf_counter() - start)
+                seconds.append(time_step(lambda: engine.train_batch(iter([batch] * engine.micro_batches)))[0])
             kept = [None] * stages
             dist.all_gather_object(kept, layer.most_kept)
             computed = play(read_schedule(name, stages, micro_batches), args.forward, args.backward)
             measured, work = median(seconds[1:]), micro_batches * (args.forward + args.backward)
-            row = {"schedule": name, "micro_batches": micro_batches, "seconds": measured, "computed_s": computed}
-            row |= {"bubble": 1 - work / measured, "formula": (stages - 1) / (micro_batches + stages - 1)}
-            row |= {"kept": " ".join(map(str, kept)), "sent_bytes": sum(sent)}
-            table.append(row)
-            times = f"{measured:.3f} s, computed {computed:.3f}"
-            bubbles = f"bubble {row['bubble']:.3f}, formula {row['formula']:.3f}"
-            kept_and_sent = f"kept {row['kept']} | first stage sent {sum(sent):,} bytes"
-            print0(f"{name:5} m {micro_batches:3d} | {times} | {bubbles} | {kept_and_sent}")
-    if engine.global_rank == 0:
-        write_results(Path(args.run_dir) / "bubble.json", this_command(), stages=stages, table=table)
-        print0(f"table: {show_path(args.run_dir)}/bubble.json")
+            with table.row(f"{name}, m {micro_batches}", schedule=name, micro_batches=micro_batches) as row:
+                row |= {"seconds": measured, "computed_s": computed}
+                row |= {"bubble": 1 - work / measured, "formula": (stages - 1) / (micro_batches + stages - 1)}
+                row |= {"kept": " ".join(map(str, kept)), "sent_bytes": sum(sent)}
+    table.close()
     dist.destroy_process_group()
 
 
