@@ -5,6 +5,7 @@
 Checked with deepspeed 0.19.8. Source: deepspeed/runtime/config.py (hjson.load with a hook that refuses duplicate keys).
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import hjson
@@ -12,10 +13,12 @@ import hjson
 from common.errors import UserError
 
 
-def read_config(path: str | Path) -> dict:
+def read_config(path: str | Path, needs: Iterable[str] = ()) -> dict:
     """Return the config in `path` as DeepSpeed reads it: comments and trailing commas are fine, duplicate keys are not.
 
-    Raises UserError for a file that is not there, is not JSON or hjson, holds a key twice, or holds no object.
+    `needs` are keys that the script goes on to read, "optimizer.params" say.
+    Raises UserError for a file that is not there, is not JSON or hjson, holds a key twice, holds no object, or lacks
+    a key that is needed.
     """
     path = Path(path)
     if not path.is_file():
@@ -31,6 +34,12 @@ def read_config(path: str | Path) -> dict:
         raise UserError(f"{path} holds the key {error.args[0]!r} twice: DeepSpeed refuses that, keep one") from error
     if not isinstance(config, dict):
         raise UserError(f'{path} holds {type(config).__name__}, not an object: a config is {{"key": value, ...}}')
+    for key in needs:
+        found = config
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        if found is None:
+            raise UserError(f"{path} has no `{key}`, which this script reads: the ds_config.json of its day shows one")
     return config
 
 

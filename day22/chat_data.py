@@ -1,8 +1,9 @@
 """Day 22: chat_data - dialogues as training samples: chat template, loss on the answers only, batches of like length.
 
 Of day22/chat_data.py a training loop needs load_chat and collate; day22/labs/look.py shows what comes out. `load_chat`
-takes the shipped set "chat", a JSON-lines file, a Hugging Face data set, or a corpus of common/data.py ("moby_dick",
-"sotu", "all") in plain blocks, to continue pretraining.
+takes the shipped set "chat", a file (JSON lines, CSV, TSV, Parquet), a folder of `save_to_disk`, a Hugging Face data
+set; or, to continue pretraining in plain blocks, a corpus of common/data.py ("moby_dick", "sotu", "all") or a text
+file.
 Two forms of dialogues are understood: a column `messages` ([{"role": "user", "content": ...}, ...]), or `prompt` and
 `response`. With a column `source` the held-out part has sources of its own, else it has prompts of its own.
 Source: https://huggingface.co/docs/transformers/chat_templating, transformers 5.20.
@@ -11,6 +12,7 @@ Source: https://huggingface.co/docs/transformers/chat_templating, transformers 5
 import os
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +28,9 @@ from common.ranks import over_ranks, print0
 
 CHAT = HERE / "data/chat.jsonl"
 HELD_OUT_SHARE = 0.1  # of the samples
+# How a file of dialogues is read, by the end of its name: else as JSON lines. Text files are corpora.
+FILES = {".csv": ("csv", {}), ".tsv": ("csv", {"delimiter": "\t"}), ".parquet": ("parquet", {})}
+TEXT = (".txt", ".md")
 NO_LOSS = -100  # what PyTorch's cross-entropy leaves out
 Item = dict[str, torch.Tensor]
 
@@ -37,10 +42,15 @@ def load_chat(
 
     Samples longer than `max_length` tokens are dropped or, with too_long="truncate", cut. Not collective.
     """
-    if dataset in data.SHIPPED:
+    if dataset in data.SHIPPED or dataset.endswith(TEXT):
         train_blocks, held_out_blocks = data.load_corpus(dataset, tokenizer, max_length)
         whole = [train_blocks[i] for i in range(len(train_blocks))]
         return whole, [held_out_blocks[i] for i in range(min(len(held_out_blocks), 64))]  # enough to see it fall
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"this model has no chat template, which data set {dataset!r} needs: take the model's -Instruct or -Chat"
+            " version, or give its tokenizer one; plain text (a .txt file, moby_dick) needs none"
+        )
     train, held_out = _split(dataset, _read(dataset))
     parts = [[encode(messages, tokenizer) for messages in part] for part in (train, held_out)]
     lengths = [len(item["input_ids"]) for part in parts for item in part]
@@ -156,40 +166,60 @@ def held_out_loss(model, items: list[Item], pad_token_id: int, device: torch.dev
 
 
 def _read(dataset: str) -> dict[str, list[dict]]:
-    """{split: rows with `messages` and `source`} of the data set."""
+    """{split: rows with `messages` and `source`} of the data set; rows without a text are counted and left out."""
     import datasets  # here, because it takes a second to import
 
     datasets.disable_progress_bars()
     path = CHAT if dataset == "chat" else Path(dataset)
+    loader, options = FILES.get(path.suffix, ("json", {}))
     try:
         if path.is_file():
-            loaded = datasets.load_dataset("json", data_files=str(path))
+            loaded = datasets.load_dataset(loader, data_files=str(path), **options)
+        elif any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):  # save_to_disk wrote it
+            loaded = datasets.load_from_disk(str(path))
+            loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
         else:
             loaded = datasets.load_dataset(*dataset.split(":"))
     except Exception as error:  # the hub's client has no common base class for "not found", "offline", "not a data set"
+        reason = f"{type(error).__name__}: {' '.join(str(error.__cause__ or error).split())[:160]}"
         if path.is_file():
-            raise UserError(f"{path} is not a JSON-lines file: one object in braces a line, at least one") from error
+            raise UserError(
+                f"{path} is not a JSON-lines file, one object in braces a line, at least one; nor does its name end in"
+                f" {', '.join(FILES)} or {', '.join(TEXT)} ({reason})"
+            ) from error
         raise UserError(
-            f"data set {dataset!r} is neither shipped (chat, {', '.join(data.SHIPPED)}), nor a JSON-lines file,"
-            f" nor a data set that the Hugging Face Hub served ({type(error).__name__})"
+            f"data set {dataset!r} is neither shipped (chat, {', '.join(data.SHIPPED)}), nor a file, nor a folder of"
+            f" save_to_disk, nor a data set that the Hugging Face Hub served ({reason})"
         ) from error
-    return {split: [_dialogue(row, dataset) for row in rows] for split, rows in loaded.items()}
+    found = {}
+    for split, rows in loaded.items():
+        dialogues = [_dialogue(row, dataset) for row in rows]
+        found[split] = [dialogue for dialogue in dialogues if dialogue]
+        if left_out := len(dialogues) - len(found[split]):
+            print0(f"{left_out} of {len(dialogues)} rows of {dataset!r}, {split}, have a null for a text: left out")
+    return found
 
 
-def _dialogue(row: dict, dataset: str) -> dict:
+def _dialogue(row: dict, dataset: str) -> dict | None:
+    """{"messages", "source", "prompt"} of a row; None where a text is null."""
     if isinstance(row.get("messages"), list):
         messages = row["messages"]
-    elif isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
-        roles = ("user", "prompt"), ("assistant", "response")
-        messages = [{"role": role, "content": row[column]} for role, column in roles]
+    elif {"prompt", "response"} <= set(row):
+        messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+    elif "messages" in row:
+        return None
     else:
         raise UserError(
             f"data set {dataset!r} has the columns {', '.join(row)}; wanted is `messages`, a list of"
             ' {"role", "content"}, or `prompt` and `response`, two texts'
         )
+    if any(isinstance(message, dict) and message.get("content", "") is None for message in messages):
+        return None
     if not all(isinstance(m, dict) and "role" in m and isinstance(m.get("content"), str) for m in messages):
         raise UserError(f"data set {dataset!r}: each message needs a role and a content, a text: {str(messages)[:80]}")
-    return {"messages": messages, "source": row.get("source") or str(messages[:1])}
+    # What the user says first, and not the first message: that may be one system prompt for all.
+    prompt = next((message["content"] for message in messages if message["role"] == "user"), str(messages[:1]))
+    return {"messages": messages, "source": str(row.get("source") or prompt), "prompt": prompt}
 
 
 def _split(dataset: str, splits: dict[str, list[dict]]) -> tuple[list, list]:
@@ -200,17 +230,29 @@ def _split(dataset: str, splits: dict[str, list[dict]]) -> tuple[list, list]:
     for name in ("validation", "test"):
         if name in splits:
             return [row["messages"] for row in rows], [row["messages"] for row in splits[name]]
-    sizes = {}
-    for row in rows:
-        sizes[row["source"]] = sizes.get(row["source"], 0) + 1
-    held_out, wanted = set(), HELD_OUT_SHARE * len(rows)
-    for source in random.Random(0).sample(sorted(sizes), len(sizes)):
-        if wanted > 0 and sizes[source] <= 2 * HELD_OUT_SHARE * len(rows):  # a large source is for training
-            held_out.add(source)
-            wanted -= sizes[source]
-    if not held_out:
-        raise UserError(f"data set {dataset!r} has {len(sizes)} source(s), none small enough to hold out: split it")
+    for column in ("source", "prompt"):
+        names = [row[column] for row in rows]
+        if held_out := _hold_out(names):
+            break
+    else:
+        names = [f"row {number}" for number in range(len(rows))]
+        held_out = _hold_out(names)
+        print0(
+            f"data set {dataset!r} has {len({row['prompt'] for row in rows})} different first question(s): of its"
+            f" {len(rows)} rows {len(held_out)} are held out at random, and like ones are in the training part too"
+        )
     parts = [], []
-    for row in rows:
-        parts[row["source"] in held_out].append(row["messages"])
+    for row, name in zip(rows, names, strict=True):
+        parts[name in held_out].append(row["messages"])
     return parts
+
+
+def _hold_out(names: list[str]) -> set[str]:
+    """A random tenth of the rows, by whole `names`; empty when each name has more than a fifth of them."""
+    sizes = Counter(names)
+    held_out, wanted = set(), HELD_OUT_SHARE * len(names)
+    for name in random.Random(0).sample(sorted(sizes), len(sizes)):
+        if wanted > 0 and sizes[name] <= 2 * HELD_OUT_SHARE * len(names):  # a large source is for training
+            held_out.add(name)
+            wanted -= sizes[name]
+    return held_out

@@ -58,31 +58,35 @@ def check(answer_labels, divisor, decay_groups) -> None:
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     parser.parse_args()
     require_launcher()
-    try:
-        labels = answer_labels(TURNS, EOS)
-        if len(labels) != len(LABELS):
-            raise UserError(f"not yet: {len(labels)} labels for {len(LABELS)} tokens; a prompt's tokens get -100.")
-        for at, (got, want) in enumerate(zip(labels, LABELS, strict=True)):
-            if got != want:
-                raise UserError(f"not yet: label {at} of the dialogue is {got}, want {want}: {labels}")
-        generator = torch.Generator().manual_seed(0)
-        for ranks, micro_batches in ((1, 1), (1, 4), (2, 1), (3, 4)):
-            counts = torch.randint(1, 30, (ranks, micro_batches), generator=generator).tolist()
-            losses = [[torch.rand(n, generator=generator) for n in row] for row in counts]
-            share = divisor(counts)
-            engine = sum(float(loss.sum() / share) for row in losses for loss in row) / (ranks * micro_batches)
-            mean = float(torch.cat([loss for row in losses for loss in row]).mean())
-            if abs(engine - mean) > 1e-5:
-                raise UserError(
-                    f"not yet: {ranks} ranks x {micro_batches} micro-batches give the loss {engine:.4f}, the mean over"
-                    f" all tokens is {mean:.4f} (counts {counts}, you divided by {share:.4g})."
-                )
-        shapes = {"embed": (40, 8), "norm": (8,), "layer.weight": (8, 8), "layer.bias": (8,)}
-        got = tuple(map(set, decay_groups(shapes, {"embed"})))
-        if got != ({"layer.weight"}, {"norm", "layer.bias"}):
-            raise UserError(f"not yet: with `embed` frozen the groups are {got[0]} and {got[1]}.")
-    except NotImplementedError:
-        raise UserError("not yet: a TODO still raises NotImplementedError. Fill it in and run this again.") from None
+    labels = answer_labels(TURNS, EOS)
+    if not isinstance(labels, list):
+        raise UserError(f"not yet: answer_labels() returned {labels!r}, want a list: is a `return` missing?")
+    if len(labels) != len(LABELS):
+        raise UserError(f"not yet: {len(labels)} labels for {len(LABELS)} tokens; a prompt's tokens get -100.")
+    for at, (got, want) in enumerate(zip(labels, LABELS, strict=True)):
+        if got != want:
+            raise UserError(f"not yet: label {at} of the dialogue is {got}, want {want}: {labels}")
+    generator = torch.Generator().manual_seed(0)
+    for ranks, micro_batches in ((1, 1), (1, 4), (2, 1), (3, 4)):
+        counts = torch.randint(1, 30, (ranks, micro_batches), generator=generator).tolist()
+        losses = [[torch.rand(n, generator=generator) for n in row] for row in counts]
+        share = divisor(counts)
+        if not isinstance(share, int | float) or share <= 0:
+            raise UserError(f"not yet: divisor({counts}) returned {share!r}, want a number above 0.")
+        engine = sum(float(loss.sum() / share) for row in losses for loss in row) / (ranks * micro_batches)
+        mean = float(torch.cat([loss for row in losses for loss in row]).mean())
+        if abs(engine - mean) > 1e-5:
+            raise UserError(
+                f"not yet: {ranks} ranks x {micro_batches} micro-batches give the loss {engine:.4f}, the mean over"
+                f" all tokens is {mean:.4f} (counts {counts}, you divided by {share:.4g})."
+            )
+    shapes = {"embed": (40, 8), "norm": (8,), "layer.weight": (8, 8), "layer.bias": (8,)}
+    groups = decay_groups(shapes, {"embed"})
+    if not isinstance(groups, tuple) or len(groups) != 2:
+        raise UserError(f"not yet: decay_groups() returned {groups!r}, want two lists of names.")
+    got = tuple(map(set, groups))
+    if got != ({"layer.weight"}, {"norm", "layer.bias"}):
+        raise UserError(f"not yet: with `embed` frozen the groups are {got[0]} and {got[1]}.")
     print0("solved: loss on answers alone, each of their tokens counts the same, and norms do not decay")
 
 

@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
@@ -61,11 +62,16 @@ CHAT_TEMPLATE = (
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the model `name`; one that can neither pad nor chat is a UserError where it is used."""
+    """Load the tokenizer of the model `name`; one without an end token is a UserError, one without a template later."""
     try:
         tokenizer = _small_tokenizer() if name in LARGE else AutoTokenizer.from_pretrained(locate(name))
     except (OSError, ValueError) as error:
         raise _unknown(name, error) from error
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"the tokenizer of {name!r} has no end token, so no answer would ever end: give it an `eos_token` in its"
+            " tokenizer_config.json, or take a model that writes text"
+        )
     tokenizer.padding_side = "right"  # for training; generation pads on the left
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # never seen: masked in attention and in the loss
@@ -88,6 +94,13 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     model.config.use_cache = False  # keys and values of past tokens: for generation, useless in training
     model.loss_type = "ForCausalLM"  # `transformers` does not derive it from every class's name
     return model
+
+
+def vocabulary_of(name: str) -> int:
+    """Rows of the embedding that the model `name` comes with."""
+    if name in LARGE:
+        return LARGE[name][1]["vocab_size"]
+    return AutoConfig.from_pretrained(locate(name)).get_text_config().vocab_size
 
 
 def locate(name: str) -> str:

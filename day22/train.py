@@ -11,7 +11,6 @@ Checked with deepspeed 0.19.8. Source: https://huggingface.co/docs/transformers/
 """
 
 import argparse
-import json
 import os
 import sys
 from math import exp
@@ -32,6 +31,7 @@ from common.data import to_device
 from common.errors import UserError, clear_errors
 from common.ranks import over_ranks, print0, require_launcher
 from common.run_log import RunLog, default_run_dir, show_path
+from config.read import read_config
 from day22.chat_data import answers, collate, endless_order, held_out_loss, load_chat
 from day22.pretrained import load_model, load_tokenizer
 
@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
         "--pretrained", default="smollm2", help="smollm2, a preset of pretrained.py, a folder, a hub name"
     )
     parser.add_argument(
-        "--dataset", default="chat", help="chat, a JSON-lines file, a hub data set, or a shipped corpus"
+        "--dataset", default="chat", help="chat, a file of dialogues, a hub data set, or a corpus of plain text"
     )
     parser.add_argument("--max_length", type=int, default=128, help="tokens of the longest sample")
     parser.add_argument(
@@ -73,26 +73,59 @@ def freeze(model: torch.nn.Module, num_layers: int) -> None:
         part.requires_grad_(False)
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """What is trained, in two groups: matrices decay, norms and biases do not."""
+def parameter_groups(model: torch.nn.Module) -> list[dict]:
+    """What is trained, in two groups: matrices decay as the JSON says, norms and biases do not."""
     groups = {True: [], False: []}
     for parameter in (p for p in model.parameters() if p.requires_grad):  # AdamW's states are made for these alone
         shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 the parameter itself is empty
         groups[len(shape) > 1].append(parameter)
-    groups = [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+    groups = [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
+def build_engine(args: argparse.Namespace) -> deepspeed.DeepSpeedEngine:
+    """Load the model in parts, choose what is trained, hand it to DeepSpeed, show what this rank has. Collective."""
+    config = read_config(args.deepspeed_config, needs=["optimizer"])
+    if "total_num_steps" in config.get("scheduler", {}).get("params", {}):
+        config["scheduler"]["params"]["total_num_steps"] = args.steps  # the cosine ends where the run ends
+    if args.lr is not None:
+        config["optimizer"].setdefault("params", {})["lr"] = args.lr
+
+    # (1) from_pretrained looks for a live HfDeepSpeedConfig: at stage 3 it then builds and fills the model in parts.
+    partitioned = None if args.naive else HfDeepSpeedConfig(config)  # noqa: F841 - lives as long as this function
+    model = load_model(args.pretrained, torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32)
+    if args.freeze:
+        freeze(model, args.freeze)
+    if args.recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    groups = parameter_groups(model)
+    trained = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"])
+    loaded = sum(getattr(p, "ds_tensor", p).numel() for p in model.parameters())
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+    total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    print0(
+        f"zero stage {engine.zero_optimization_stage()} | {args.pretrained}: {total:,} parameters, {trained:,} trained"
+        f" | this rank loaded {loaded:,} = 1/{total / loaded:.2f} | {next(model.parameters()).dtype}"
+        f" | {engine.device.type}"
+    )
+    return engine
+
+
 @torch.no_grad()
-def show_answers(model, tokenizer, device: torch.device, new_tokens: int) -> None:
+def show_answers(engine: deepspeed.DeepSpeedEngine, tokenizer, new_tokens: int) -> None:
     """Print answers to QUESTIONS, in one batch. Collective: at stage 3 each forward pass gathers every layer."""
+    model = engine.module
     asked = [[{"role": "user", "content": question}] for question in QUESTIONS]
     texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in asked]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     length = batch["input_ids"].shape[1]
     model.eval()
-    # At stage 3 `transformers` sets synced_gpus by itself: a rank whose answers have ended goes on until all have.
-    out = model.generate(**to_device(batch, device), max_new_tokens=new_tokens, do_sample=False, use_cache=True)
+    out = model.generate(
+        **to_device(batch, engine.device), max_new_tokens=new_tokens, do_sample=False, use_cache=True,
+        # A rank whose answers have ended goes on until all have, or the others wait for it at the next layer for ever.
+        # Left out, `transformers` sets this while a HfDeepSpeedConfig of stage 3 lives, and none lives any more.
+        synced_gpus=engine.zero_optimization_stage() == 3,
+    )  # fmt: skip
     model.train()
     for question, ids in zip(QUESTIONS, out, strict=True):
         print0(f"{question} -> {tokenizer.decode(ids[length:], skip_special_tokens=True).strip()!r}")
@@ -124,33 +157,12 @@ def main() -> None:
     deepspeed.init_distributed()
     tokenizer = load_tokenizer(args.pretrained)
     train_items, held_out_items = load_chat(args.dataset, tokenizer, args.max_length, args.too_long)
-    config = json.loads(Path(args.deepspeed_config).read_text())
-    if "total_num_steps" in config.get("scheduler", {}).get("params", {}):
-        config["scheduler"]["params"]["total_num_steps"] = args.steps  # the cosine ends where the run ends
-    config["optimizer"]["params"]["lr"] = args.lr or config["optimizer"]["params"]["lr"]
-
-    # (1) from_pretrained looks for a live HfDeepSpeedConfig: at stage 3 it then builds and fills the model in parts.
-    partitioned = None if args.naive else HfDeepSpeedConfig(config)
-    model = load_model(args.pretrained, torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32)
-    if args.freeze:
-        freeze(model, args.freeze)
-    if args.recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    groups = parameter_groups(model, config["optimizer"]["params"].get("weight_decay", 0.01))
-    trained = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"])
-    loaded = sum(getattr(p, "ds_tensor", p).numel() for p in model.parameters())
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
-    total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    stage, device, pad = engine.zero_optimization_stage(), engine.device, tokenizer.pad_token_id
-    print0(
-        f"zero stage {stage} | {args.pretrained}: {total:,} parameters, {trained:,} trained | this rank loaded"
-        f" {loaded:,} = 1/{total / loaded:.2f} | {next(model.parameters()).dtype} | {device.type}"
-    )
-    del partitioned  # the model is built; nobody asks for it any more
+    engine = build_engine(args)
+    device, pad = engine.device, tokenizer.pad_token_id
 
     chats = args.new_tokens > 0 and tokenizer.chat_template is not None
     if chats:
-        show_answers(model, tokenizer, device, args.new_tokens)
+        show_answers(engine, tokenizer, args.new_tokens)
     log = RunLog(args.run_dir, args.steps, args.log_every, device)
     log.held_out(0, before := held_out_loss(engine, held_out_items, pad, device))
     micro_batch, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
@@ -171,7 +183,7 @@ def main() -> None:
     log.close()
     print0(f"held-out perplexity {exp(before):.2f} -> {exp(after):.2f}, {before - after:+.4f} nats a token gained")
     if chats:
-        show_answers(model, tokenizer, device, args.new_tokens)
+        show_answers(engine, tokenizer, args.new_tokens)
     save(engine, tokenizer, Path(args.run_dir) / "model")  # (3)
     print0(f"saved: {show_path(args.run_dir)}/model, for AutoModelForCausalLM.from_pretrained")
     dist.destroy_process_group()

@@ -10,7 +10,6 @@ Checked with deepspeed 0.19.8. Source: https://huggingface.co/docs/transformers/
 """
 
 import argparse
-import json
 import os
 import sys
 from functools import partial
@@ -29,6 +28,7 @@ from common.cpu import start_without_compiler
 from common.errors import clear_errors
 from common.ranks import print0, require_launcher
 from common.run_log import RunLog, default_run_dir, show_path
+from config.read import read_config
 from day22.chat_data import collate, endless_order, held_out_loss, load_chat
 from day22.pretrained import load_model, load_tokenizer
 
@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
         "--pretrained", default="smollm2", help="smollm2, a preset of pretrained.py, a folder, a hub name"
     )
     parser.add_argument(
-        "--dataset", default="chat", help="chat, a JSON-lines file, a hub data set, or a shipped corpus"
+        "--dataset", default="chat", help="chat, a file of dialogues, a hub data set, or a corpus of plain text"
     )
     parser.add_argument("--max_length", type=int, default=128, help="tokens of the longest sample")
     parser.add_argument("--lr", type=float, default=5e-5, help="peak learning rate")
@@ -105,9 +105,10 @@ def main() -> None:
     deepspeed.init_distributed()
     tokenizer = load_tokenizer(args.pretrained)
     train_items, held_out_items = load_chat(args.dataset, tokenizer, args.max_length)
+    config = read_config(args.deepspeed_config)  # a dict: the Trainer's own reader of files knows no comments
     # Before the model: from then on from_pretrained sees the config, as with HfDeepSpeedConfig in train.py.
     arguments = TrainingArguments(
-        args.run_dir, deepspeed=args.deepspeed_config, max_steps=args.steps, seed=args.seed, bf16=not args.fp32,
+        args.run_dir, deepspeed=config, max_steps=args.steps, seed=args.seed, bf16=not args.fp32,
         per_device_train_batch_size=args.micro_batch, gradient_accumulation_steps=args.accumulation,
         learning_rate=args.lr, weight_decay=0.01, adam_beta2=0.999, max_grad_norm=1.0, warmup_steps=3,
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
@@ -123,9 +124,7 @@ def main() -> None:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    show_filled(
-        json.loads(Path(args.deepspeed_config).read_text()), trainer.accelerator.deepspeed_plugin.deepspeed_config
-    )
+    show_filled(config, trainer.accelerator.deepspeed_plugin.deepspeed_config)
     engine = trainer.model_wrapped
     print0(f"zero stage {engine.zero_optimization_stage()} | {type(engine).__name__} | {engine.global_steps} updates")
     log.held_out(args.steps, evaluate(engine))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.pytorch_utils import Conv1D
 
 from common.errors import UserError
-from day22.pretrained import locate
+from day22.pretrained import locate, vocabulary_of
 
 
 def add_lora(
@@ -86,11 +86,17 @@ def save_adapter(model: PeftModel, base_name: str, folder: str | Path) -> None:
     """Write the adapter for `PeftModel.from_pretrained`, at every stage. Collective.
 
     At stage 3 every parameter is empty outside of its own forward pass: gathered first, or the file has shapes [0].
+    Where tokens were added to the base its embedding is saved as well: nobody else has the new rows.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with deepspeed.zero.GatheredParameters(list(trained.values())):  # before stage 3 this does nothing
-        weights = {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
+    kept = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    new_rows = model.get_input_embeddings().weight
+    resized = model.config.get_text_config().vocab_size != vocabulary_of(base_name) and not new_rows.requires_grad
+    if resized:  # and not trained, or it is among the trained ones anyway
+        frozen = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+        kept |= {name: p for name, p in model.named_parameters() if id(p) in frozen}
+    with deepspeed.zero.GatheredParameters(list(kept.values())):  # before stage 3 this does nothing
+        weights = {name: parameter.detach().cpu().clone() for name, parameter in kept.items()}
     if dist.get_rank() == 0:
         model.peft_config["default"].base_model_name_or_path = base_name
-        model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+        model.save_pretrained(folder, state_dict=weights, save_embedding_layers=resized)
     dist.barrier()

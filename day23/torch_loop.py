@@ -11,6 +11,10 @@ from collections.abc import Callable
 import torch
 from peft import PeftModel
 
+# What build_torch takes from the JSON.
+READS = ["optimizer.params", "scheduler.params.warmup_num_steps", "scheduler.params.warmup_min_ratio"]
+READS += ["gradient_clipping"]
+
 
 def warmup_cosine(total: int, warmup: int, least: float, floor: float = 1e-4) -> Callable[[int], float]:
     """DeepSpeed's WarmupCosineLR, linear, as a factor of the step: 0 in the first step, as there (0.19.8)."""

@@ -12,7 +12,6 @@ Checked with deepspeed 0.19.8 and peft 0.21.2. Source: https://huggingface.co/do
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -32,6 +31,7 @@ from common.data import to_device
 from common.errors import clear_errors
 from common.ranks import over_ranks, print0, require_launcher
 from common.run_log import RunLog, default_run_dir, show_path
+from config.read import read_config
 from day22.chat_data import answers, collate, endless_order, held_out_loss, load_chat
 from day22.pretrained import load_model, load_tokenizer
 from day23.lora import add_lora, held_bytes, load_quantized, numel, save_adapter
@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--run_dir", default=default_run_dir("day23"), help="folder for metrics.jsonl and plots")
     parser.add_argument("--pretrained", default="smollm2", help="smollm2, a preset of day 22, a folder, a hub name")
     parser.add_argument(
-        "--dataset", default="chat", help="chat, a JSON-lines file, a hub data set, or a shipped corpus"
+        "--dataset", default="chat", help="chat, a file of dialogues, a hub data set, or a corpus of plain text"
     )
     parser.add_argument("--max_length", type=int, default=128, help="tokens of the longest sample")
     parser.add_argument("--lora_rank", type=int, default=8, help="r: rows of A, columns of B")
@@ -67,10 +67,11 @@ def main() -> None:
     deepspeed.init_distributed()
     tokenizer = load_tokenizer(args.pretrained)
     train_items, held_out_items = load_chat(args.dataset, tokenizer, args.max_length)
-    config = json.loads(Path(args.deepspeed_config).read_text())
+    config = read_config(args.deepspeed_config, needs=["optimizer"])
     if "total_num_steps" in config.get("scheduler", {}).get("params", {}):
         config["scheduler"]["params"]["total_num_steps"] = args.steps  # the cosine ends where the run ends
-    stage, bf16 = (config.get(k, {}).get(v) for k, v in (("zero_optimization", "stage"), ("bf16", "enabled")))
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    bf16 = config.get("bf16", {}).get("enabled", False)
     alive = HfDeepSpeedConfig(config)  # noqa: F841 - while it lives, stage 3 cuts the base as it is read (day 22)
     base = (
         load_quantized(args.pretrained, stage)

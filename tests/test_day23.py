@@ -11,10 +11,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from common.errors import UserError
-from tests.launch import Run, error_line, run_day, run_ranks
+from common.errors import UserError, clear_errors
+from day23 import exercise, lora, solution
+from tests.launch import Run, error_line, run_day, run_ranks, run_warm
 from tests.render import ROOT
 
 RATE = 5e-3  # bold: the adapter then does something within 6 steps
@@ -24,11 +26,11 @@ FLAGS = ["--steps", 6, "--log_every", 1]
 
 
 def write_config(folder, stage: int, **zero):
-    """The fp32 JSON with another stage and rate."""
+    """The fp32 JSON with another stage and rate, and a comment."""
     config = json.loads((ROOT / "day23/ds_config_fp32.json").read_text())
     config["zero_optimization"] |= {"stage": stage, "stage3_param_persistence_threshold": 0, **zero}
     config["optimizer"]["params"]["lr"] = RATE
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text("// mine\n" + json.dumps(config))
     return folder / "config.json"
 
 
@@ -51,7 +53,7 @@ def plain(tmp_path_factory):
     for model in ("tiny-llama", "tiny-gpt2", "tiny-qwen"):
         run_dir = tmp_path_factory.mktemp(f"{model}_plain")
         flags = ["--deepspeed_config", write_config(run_dir, 0), "--pretrained", model, "--run_dir", run_dir]
-        launch = run_ranks if model == "tiny-llama" else in_this_process
+        launch = run_warm if model == "tiny-llama" else in_this_process
         found[model] = launch("day23/labs/baseline_torch.py", *FLAGS, *flags), run_dir / "adapter"
     return found
 
@@ -124,14 +126,14 @@ def test_merged_computes_what_the_adapter_does_beside_its_base(runs, model, stag
 @pytest.mark.launch
 def test_merge_and_generate(runs, plain, tmp_path):
     (run, llama), (_, other) = runs["tiny-llama", 2], plain["tiny-llama"]
-    merged = run_ranks("day23/merge.py", llama, tmp_path / "merged")
+    merged = run_warm("day23/merge.py", llama, tmp_path / "merged")
     assert float(re.search(r"logits .* at most ([\d.e-]+) apart", merged.stdout)[1]) <= 1e-5
     losses = dict(re.findall(r"(base|adapter|merged, float32) ([\d.]+)", merged.stdout.split("held-out loss: ")[1]))
     assert float(losses["base"]) == pytest.approx(run.held_out[0], abs=1e-5)
     assert float(losses["adapter"]) == pytest.approx(float(losses["merged, float32"]), abs=1e-5)
     assert float(losses["adapter"]) == pytest.approx(run.held_out[6], abs=1e-5)
     assert len(load_file(tmp_path / "merged/model.safetensors")) == 20  # an ordinary Llama: no lora_ in its names
-    said = run_ranks("day23/generate.py", f"one={llama}", f"two={other}", "--max_new_tokens", 2, "--prompts", "What?")
+    said = run_warm("day23/generate.py", f"one={llama}", f"two={other}", "--max_new_tokens", 2, "--prompts", "What?")
     assert "tiny-llama 1.44 MB | one 0.08 MB | two 0.08 MB" in said.stdout
     assert re.search(r"^What\?\n    tiny-llama: .*\n    one: .*\n    two: .*$", said.stdout, re.M)
 
@@ -184,7 +186,7 @@ def test_what_deepspeed_makes_of_a_frozen_base(tmp_path):
 def test_compare_follows_the_arithmetic(tmp_path):
     flags = ["--full_lrs", 1e-3, "--lora_lrs", 1e-2, "--lora_ranks", 2, "--steps", 6, "--eval_every", 3]
     more = ["--pretrained", "tiny-llama", "--fp32", "--other_corpus", "chat", "--run_dir", tmp_path]
-    run = run_day("day23/labs/compare.py", *flags, *more)
+    run = run_ranks("day23/labs/compare.py", *flags, *more, ranks=2)
     table = json.loads((tmp_path / "compare.json").read_text())["table"]
     assert [row["case"] for row in table] == ["full lr=0.001", "lora r=8 lr=0.01", "lora r=2 lr=0.01"]
     assert [row["trained"] for row in table] == [360_768, 19_456, 4_864]
@@ -202,16 +204,18 @@ def test_compare_follows_the_arithmetic(tmp_path):
 
 
 @pytest.mark.launch
+@pytest.mark.serial
 @pytest.mark.parametrize("precision", [[], ["--bf16", "--stage", 0, "--lean"]], ids=["fp32", "autocast"])
 def test_speed_takes_turns_on_the_same_batches(precision, tmp_path):
     """In fp32; with a bf16 base and an fp32 adapter, which DeepSpeed's own bf16 without ZeRO does not keep (1e-3).
     The second clips outside of the engine, as `--lean` has it."""
     config = json.loads((ROOT / "day23/ds_config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"gradient_clipping": 0.01}))  # it clips in every step
-    flags = ["--deepspeed_config", tmp_path / "config.json", "--pretrained", "tiny-llama", "--turns", 3]
+    text = "// mine\n" + json.dumps(config | {"gradient_clipping": 0.01})  # it clips in every step
+    (tmp_path / "config.json").write_text(text)
+    flags = ["--deepspeed_config", tmp_path / "config.json", "--pretrained", "tiny-llama", "--turns", 3, "--window", 2]
     run_ranks("day23/labs/speed.py", *flags, *precision, "--run_dir", tmp_path)
     result = json.loads((tmp_path / "speed.json").read_text())
-    assert result["losses_apart"] <= 1e-5 and len(result["losses"]["torch"]) == 12  # 1e-6 and 0 were measured
+    assert result["losses_apart"] <= 1e-5 and len(result["losses"]["torch"]) == 6  # 1e-6 and 0 were measured
     assert 0.2 < result["ratio"] < 5
 
 
@@ -221,6 +225,126 @@ def test_lean_goes_without_zero(monkeypatch):
     monkeypatch.setattr("sys.argv", ["day23/labs/speed.py", "--lean"])
     with pytest.raises(UserError, match="--lean --stage 1: .*; --lean goes with --stage 0"):
         main()
+
+
+# What DeepSpeed and peft themselves do on two ranks, in one launch: added tokens at stages 1 and 3, bf16 at 0 and 1.
+PROBE = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import deepspeed, torch, torch.distributed as dist
+from transformers.integrations import HfDeepSpeedConfig
+from bench.world import join_world
+from day22.pretrained import load_model
+from day23.lora import add_lora, save_adapter
+
+join_world()
+ids = torch.arange(4080, 4098).view(1, -1)  # the last two are new
+
+def build(name, stage, dtype, new_tokens):
+    config = {{"train_micro_batch_size_per_gpu": 1, "bf16": {{"enabled": dtype == torch.bfloat16}},
+               "optimizer": {{"type": "AdamW", "params": {{"lr": 0.01, "torch_adam": True}}}},
+               "zero_optimization": {{"stage": stage, "stage3_param_persistence_threshold": 0}}}}
+    alive = HfDeepSpeedConfig(config)
+    base = load_model(name, dtype)
+    if new_tokens:
+        base.resize_token_embeddings(4098)
+    torch.manual_seed(0)
+    model = add_lora(base, 8, 16)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return deepspeed.initialize(model=model, model_parameters=trained, config=config)[0]
+
+def train(engine, ids):
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    engine.step()
+
+for name, stage in (("tiny-llama", 1), ("tiny-qwen", 3)):
+    engine = build(name, stage, torch.float32, True)
+    train(engine, ids)
+    with torch.no_grad():
+        logits = engine.eval()(input_ids=ids).logits
+    save_adapter(engine.module, name, {folder!r} + "/" + name)
+    if dist.get_rank() == 0:
+        torch.save(logits, {folder!r} + "/" + name + ".pt")
+    engine.destroy()
+found = {{}}
+for stage in (0, 1):
+    engine = build("tiny-llama", stage, torch.bfloat16, False)
+    masters = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in masters]
+    train(engine, ids % 4096)
+    after = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
+    moved = sum((a - b).square().sum().item() for a, b in zip(after, before))
+    moved = torch.tensor(moved)
+    if stage:
+        dist.all_reduce(moved)  # each rank has its part
+    found[stage] = [type(engine.optimizer).__name__, str(masters[0].dtype), moved.item() ** 0.5]
+    engine.destroy()
+if dist.get_rank() == 0:
+    Path({folder!r}, "bf16.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("probe")
+    (folder / "probe.py").write_text(PROBE.format(root=str(ROOT), folder=str(folder)))
+    run_ranks(folder / "probe.py", ranks=2)
+    return folder
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen"])
+def test_rows_of_added_tokens_are_in_the_adapters_file(probe, name):
+    """Tied at stage 1, with an output layer of its own at stage 3."""
+    from day22.pretrained import load_model
+
+    saved = load_file(probe / name / "adapter_model.safetensors")
+    embeddings = [key for key in saved if "embed_tokens" in key or "lm_head" in key]
+    assert len(embeddings) >= (2 if name == "tiny-qwen" else 1)
+    assert all(saved[key].shape == (4098, 64) for key in embeddings)
+    base = load_model(name)
+    torch.manual_seed(1)  # another draw of the new rows than that of the run
+    base.resize_token_embeddings(4098)
+    with torch.no_grad():
+        again = PeftModel.from_pretrained(base, probe / name).eval()(torch.arange(4080, 4098).view(1, -1)).logits
+    assert (again - torch.load(probe / f"{name}.pt")).abs().max() <= 1e-5
+
+
+@pytest.mark.launch
+def test_an_adapter_without_new_tokens_has_no_embedding(runs):
+    for _, folder in runs.values():
+        assert all("lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
+
+
+@pytest.mark.launch
+def test_bf16_at_stage_0_keeps_masters_and_begins_with_a_short_step(probe):
+    (kind, dtype, moved), (_, zero_dtype, whole) = json.loads((probe / "bf16.json").read_text()).values()
+    assert (kind, dtype, zero_dtype) == ("FP16_UnfusedOptimizer", "torch.float32", "torch.float32")
+    assert moved / whole == pytest.approx(0.744, abs=0.02)  # "by a quarter" in the notes
+    for page in ("notes.md", "notes.zh.md"):
+        assert "`FP16_UnfusedOptimizer`" in (ROOT / "day23" / page).read_text()
+
+
+@pytest.mark.parametrize(
+    ("layer", "sentence"),
+    [
+        (exercise.LoraLinear, "not yet: TODO 1, __init__()"),
+        (type("L", (solution.LoraLinear,), {"forward": exercise.LoraLinear.forward}), "not yet: TODO 2, forward()"),
+        (type("L", (solution.LoraLinear,), {"merged": exercise.LoraLinear.merged}), "not yet: TODO 3, merged()"),
+        (solution.LoraLinear, "not yet: TODO 4, largest_rank()"),
+        (
+            type("L", (solution.LoraLinear,), {"forward": lambda self, x: None}),
+            "not yet: forward() returned a NoneType",
+        ),
+    ],
+)
+def test_the_exercise_names_the_todo_that_is_open(layer, sentence, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(sys, "argv", ["exercise.py"])
+    with pytest.raises(SystemExit), clear_errors():
+        exercise.check(layer, exercise.largest_rank)
+    assert f"error: {sentence}" in capsys.readouterr().err
 
 
 @pytest.mark.launch
@@ -259,15 +383,13 @@ def test_an_adapters_name_has_no_dot(monkeypatch):
 
 
 def test_quantize_needs_a_gpu_and_a_stage_below_3(monkeypatch):
-    from day23 import train
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--quantize needs an NVIDIA GPU and `pip install bitsandbytes`; leave it out"):
-        train.load_quantized("tiny-llama", 2)
+        lora.load_quantized("tiny-llama", 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(lora.importlib.util, "find_spec", lambda name: name)
     with pytest.raises(UserError, match="--quantize at stage 3: .*; take stage 1 or 2"):
-        train.load_quantized("tiny-llama", 3)
+        lora.load_quantized("tiny-llama", 3)
 
 
 @pytest.mark.launch

@@ -12,34 +12,31 @@ Checked with deepspeed 0.19.8. Source: transformers/integrations/deepspeed.py, 5
 import argparse
 import ctypes
 import gc
-import json
-import os
 import sys
 import threading
 import time
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from transformers.integrations import HfDeepSpeedConfig
 
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from common.cpu import start_without_compiler
+from bench.memory import status_bytes
+from bench.table import Table
+from bench.world import join_world
 from common.errors import clear_errors
-from common.ranks import over_ranks, print0, require_launcher
-from common.results import this_command, write_results
+from common.ranks import over_ranks
 from common.run_log import default_run_dir
+from config.read import read_config
 from day22.pretrained import load_model, load_tokenizer
 
 
 def own_bytes() -> int:
     """Memory of this process that no other shares (Linux): neither libraries nor pages of the model's file."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
+    return status_bytes("RssAnon")
 
 
 def tidy() -> None:
@@ -73,20 +70,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deepspeed_config", default=str(HERE / "ds_config.json"), help="DeepSpeed JSON config")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--run_dir", default=default_run_dir("day22"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day22"), help="folder for host_memory.json")
     parser.add_argument(
         "--pretrained", default="smollm2", help="smollm2, a preset of pretrained.py, a folder, a hub name"
     )
     args = parser.parse_args()
-    require_launcher()
-    start_without_compiler()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU
-    deepspeed.init_distributed()
+    device = join_world()
     load_tokenizer(args.pretrained)  # unpacks the shipped model, if that is still to be done
-    config, table = json.loads(Path(args.deepspeed_config).read_text()), []
-    device = torch.device(get_accelerator().current_device_name())
+    config = read_config(args.deepspeed_config)
     load_model("tiny-llama")  # what a first call imports is not the model's
-    print0(f"{'':30}{'parameters':>14}{'peak MB':>9}{'left MB':>9}   on the rank that has more")
+    columns = {"parameters": "parameters:,", "peak MB": "peak_bytes:MB", "left MB": "left_bytes:MB"}
+    table = Table(Path(args.run_dir) / "host_memory.json", columns, width=30)  # of the rank that has more
     for dtype in (torch.float32, torch.bfloat16):
         config["bf16"] = {"enabled": dtype == torch.bfloat16}
         for way in ("in parts", "whole on each rank"):
@@ -97,11 +91,9 @@ def main() -> None:
             parameters = sum(getattr(p, "ds_tensor", p).numel() for p in model.parameters())
             most, left = (over_ranks(value, device, "max") for value in peak.stop())
             name = f"{str(dtype)[6:]}, {way}"
-            table.append({"way": name, "parameters": parameters, "peak_bytes": most, "left_bytes": left})
-            print0(f"{name:30}{parameters:14,}{most / 1e6:9.1f}{left / 1e6:9.1f}")
+            table.add({"case": name, "way": name, "parameters": parameters, "peak_bytes": most, "left_bytes": left})
             del model, alive
-    if dist.get_rank() == 0:
-        write_results(Path(args.run_dir) / "host_memory.json", this_command(), table=table)
+    table.close()
     dist.destroy_process_group()
 
 

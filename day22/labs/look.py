@@ -26,7 +26,7 @@ def main() -> None:
         "--pretrained", default="smollm2", help="smollm2, a preset of pretrained.py, a folder, a hub name"
     )
     parser.add_argument(
-        "--dataset", default="chat", help="chat, a JSON-lines file, a hub data set, or a shipped corpus"
+        "--dataset", default="chat", help="chat, a file of dialogues, a hub data set, or a corpus of plain text"
     )
     parser.add_argument("--max_length", type=int, default=128, help="tokens of the longest sample")
     parser.add_argument("--micro_batch", type=int, default=8, help="samples a rank and micro-batch")

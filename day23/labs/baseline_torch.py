@@ -11,7 +11,6 @@ Checked with torch 2.13.0 and peft 0.21.2. Source: https://huggingface.co/docs/p
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -23,24 +22,25 @@ sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the scr
 from common.data import to_device
 from common.errors import clear_errors
 from common.run_log import RunLog, default_run_dir
+from config.read import read_config
 from day22.chat_data import answers, collate, endless_order, held_out_loss, load_chat
 from day22.pretrained import load_model, load_tokenizer
 from day23.lora import add_lora
-from day23.torch_loop import build_torch
+from day23.torch_loop import READS, build_torch
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deepspeed_config", default=str(HERE / "ds_config.json"), help="DeepSpeed JSON config")
-    parser.add_argument("--batch_size", type=int, default=16, help="samples an optimizer step")
+    parser.add_argument("--global_batch", type=int, default=16, help="samples an optimizer step")
     parser.add_argument("--bf16", action="store_true", help="the base in bf16, the adapter in fp32, autocast")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps (not micro-batches)")
     parser.add_argument("--log_every", type=int, default=4, help="optimizer steps between two log lines")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
-    parser.add_argument("--run_dir", default=default_run_dir("day23"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day23"), help="folder for metrics.jsonl and the adapter")
     parser.add_argument("--pretrained", default="smollm2", help="smollm2, a preset of day 22, a folder, a hub name")
     parser.add_argument(
-        "--dataset", default="chat", help="chat, a JSON-lines file, a hub data set, or a shipped corpus"
+        "--dataset", default="chat", help="chat, a file of dialogues, a hub data set, or a corpus of plain text"
     )
     parser.add_argument("--max_length", type=int, default=128, help="tokens of the longest sample")
     parser.add_argument("--lora_rank", type=int, default=8, help="r: rows of A, columns of B")
@@ -55,7 +55,7 @@ def main() -> None:
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     tokenizer = load_tokenizer(args.pretrained)
     train_items, held_out_items = load_chat(args.dataset, tokenizer, args.max_length)
-    config = json.loads(Path(args.deepspeed_config).read_text())
+    config = read_config(args.deepspeed_config, needs=READS)
     base = load_model(args.pretrained, torch.bfloat16 if args.bf16 else torch.float32)
     torch.manual_seed(args.seed)
     model = add_lora(base, args.lora_rank, args.lora_alpha, args.lora_dropout, args.targets).to(device)
@@ -63,7 +63,7 @@ def main() -> None:
 
     log = RunLog(args.run_dir, args.steps, args.log_every, device)
     log.held_out(0, held_out_loss(model, held_out_items, pad, device))
-    order = endless_order(train_items, args.batch_size, args.seed)
+    order = endless_order(train_items, args.global_batch, args.seed)
     for step in range(1, args.steps + 1):
         batch = collate([train_items[i] for i in next(order)], pad)
         loss = train_step(to_device(batch, device), answers(batch))

@@ -11,11 +11,8 @@ Checked with deepspeed 0.19.8 and peft 0.21.2. Source: Hu et al. 2021, https://a
 """
 
 import argparse
-import gc
-import json
-import os
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -28,19 +25,27 @@ from transformers.integrations import HfDeepSpeedConfig
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from bench.held import live_tensor_bytes
-from common.cpu import start_without_compiler
+from bench.held import live_tensor_bytes, live_tensors
+from bench.memory import free, saved_for_backward
+from bench.table import Table
+from bench.timing import time_step
+from bench.world import join_world
 from common.data import to_device
-from common.errors import clear_errors
-from common.plots import plot_bars, plot_loss
-from common.ranks import over_ranks, print0, require_launcher
-from common.results import this_command, write_results
-from common.run_log import default_run_dir, show_path
+from common.errors import UserError, clear_errors
+from common.plots import plot_loss
+from common.ranks import over_ranks, print0
+from common.run_log import default_run_dir
+from config.read import read_config
 from day22.chat_data import answers, collate, endless_order, held_out_loss, load_chat
 from day22.pretrained import load_model, load_tokenizer
 from day23.lora import add_lora, held_bytes, numel
 
 CONFIGS = {"full": HERE.parent / "day22/ds_config.json", "lora": HERE / "ds_config.json"}
+COLUMNS = {
+    "trained": "trained:,", "share": "share:.2%", "optim MB": "held_bytes.optimizer:MB", "peak MB": "peak_bytes:MB",
+    "save MB": "save_bytes:MB", "tok/s": "tokens_per_s:,.0f", "held out": "held_out_loss:.4f",
+    "other text": "forgotten:+.4f",
+}  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
@@ -56,10 +61,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--eval_every", type=int, default=10, help="optimizer steps between two held-out losses")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--run_dir", default=default_run_dir("day23"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day23"), help="folder for compare.json and plots")
     parser.add_argument("--pretrained", default="smollm2", help="smollm2, a preset of day 22, a folder, a hub name")
     parser.add_argument(
-        "--dataset", default="chat", help="chat, a JSON-lines file, a hub data set, or a shipped corpus"
+        "--dataset", default="chat", help="chat, a file of dialogues, a hub data set, or a corpus of plain text"
     )
     parser.add_argument("--other_corpus", default="moby_dick", help="what must not be forgotten: as --dataset")
     parser.add_argument("--other_samples", type=int, default=16, help="held-out samples of --other_corpus")
@@ -67,9 +72,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_config(kind: str, lr: float, args: argparse.Namespace) -> dict:
+def config_of(kind: str, lr: float, args: argparse.Namespace) -> dict:
     """Day 22's JSON for full fine-tuning, this day's for LoRA, with the stage, rate and steps of this run."""
-    config = json.loads(CONFIGS[kind].read_text())
+    config = read_config(CONFIGS[kind])
     config["zero_optimization"] |= {"stage": args.stage}
     config["optimizer"]["params"]["lr"] = lr
     config["scheduler"]["params"]["total_num_steps"] = args.steps
@@ -79,118 +84,125 @@ def read_config(kind: str, lr: float, args: argparse.Namespace) -> dict:
     return config
 
 
-def measure(kind: str, rank: int | None, lr: float, data: dict, args: argparse.Namespace, before: int) -> dict:
-    """Train one case; return its row."""
-    get_accelerator().reset_peak_memory_stats()
-    config = read_config(kind, lr, args)
+def build(kind: str, rank: int | None, lr: float, args: argparse.Namespace) -> deepspeed.DeepSpeedEngine:
+    """The engine of one case. Collective."""
+    config = config_of(kind, lr, args)
     alive = HfDeepSpeedConfig(config)  # noqa: F841 - as in train.py
     model = load_model(args.pretrained, torch.float32 if args.fp32 else torch.bfloat16)
     torch.manual_seed(args.seed)
     if kind == "lora":  # the same alpha / r whatever the rank: the rate then means the same
         model = add_lora(model, rank, alpha=2 * rank, targets=args.targets)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
-    device, pad, rows, times, saved, tokens = engine.device, data["pad"], [], [], {}, []
+    return deepspeed.initialize(model=model, model_parameters=trained, config=config)[0]
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
 
-    rows.append({"step": 0, "held_out_loss": held_out_loss(model, data["held_out"], pad, device)})
-    other = [held_out_loss(model, data["other"], pad, device)]
+def train_step(
+    engine: deepspeed.DeepSpeedEngine, batch: dict, share: float, found: dict, step: int, before: int
+) -> torch.Tensor:
+    """One optimizer step; return its loss. Into `found` go bytes: of what step 1 saves, of what step 2 holds."""
+    batch = to_device(batch, engine.device)
+    if step == 1:  # once: what autograd keeps until its backward pass
+        with saved_for_backward(engine.module.parameters()) as saved:
+            loss = engine(**batch, num_items_in_batch=share).loss
+        found["activation_bytes"] = sum(saved.values())
+    else:
+        loss = engine(**batch, num_items_in_batch=share).loss
+    engine.backward(loss)
+    if step == 2:  # the first step makes the optimizer's states
+        found["with_gradients"] = live_tensor_bytes(engine.device) - before
+    engine.step()
+    return loss.detach()
+
+
+def train(engine: deepspeed.DeepSpeedEngine, data: dict, args: argparse.Namespace, before: int) -> tuple[dict, list]:
+    """Train one case. Return what was found, and rows of losses as in metrics.jsonl. Collective."""
+    found, times, tokens = {}, [], []
+    rows = [{"step": 0, "held_out_loss": held_out_loss(engine.module, data["held_out"], data["pad"], engine.device)}]
     order = endless_order(data["train"], engine.train_micro_batch_size_per_gpu(), args.seed)
     for step in range(1, args.steps + 1):
-        batch = collate([data["train"][i] for i in next(order)], pad)
-        share = over_ranks(answers(batch), device, "mean")
-        get_accelerator().synchronize()
-        start = time.perf_counter()
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor) if step == 1 else None
-        if hooks:  # once: what autograd keeps until its backward pass
-            with hooks:
-                loss = engine(**to_device(batch, device), num_items_in_batch=share).loss
-            weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-            activations = sum(size for address, size in saved.items() if address not in weights)
-        else:
-            loss = engine(**to_device(batch, device), num_items_in_batch=share).loss
-        engine.backward(loss)
-        if step == 2:  # the first step makes the optimizer's states
-            with_gradients = live_tensor_bytes(device) - before
-        engine.step()
-        get_accelerator().synchronize()
-        times.append(time.perf_counter() - start)
-        tokens.append(over_ranks(int(batch["attention_mask"].sum()), device, "sum"))
-        rows.append({"step": step, "loss": over_ranks(loss.item(), device)})
+        batch = collate([data["train"][i] for i in next(order)], data["pad"])
+        share = over_ranks(answers(batch), engine.device, "mean")
+        seconds, loss = time_step(partial(train_step, engine, batch, share, found, step, before))
+        times.append(over_ranks(seconds, engine.device, "max"))
+        tokens.append(over_ranks(int(batch["attention_mask"].sum()), engine.device, "sum"))
+        rows.append({"step": step, "loss": over_ranks(loss.item(), engine.device)})
         if step % args.eval_every == 0 or step == args.steps:
-            rows.append({"step": step, "held_out_loss": held_out_loss(model, data["held_out"], pad, device)})
-    del loss, batch
-    other.append(held_out_loss(model, data["other"], pad, device))
-    held, between, on_gpu = held_bytes(engine), live_tensor_bytes(device) - before, device.type != "cpu"
-    peak = get_accelerator().max_memory_allocated() if on_gpu else between + max(activations, with_gradients - between)
-    counts, stage = (sum(map(numel, trained)), sum(map(numel, model.parameters()))), engine.zero_optimization_stage()
-    size = sum(numel(p) * p.element_size() for p in trained)
+            loss = held_out_loss(engine.module, data["held_out"], data["pad"], engine.device)
+            rows.append({"step": step, "held_out_loss": loss})
+    found["tokens_per_s"] = median(t / s for t, s in zip(tokens[2:], times[2:], strict=True))
+    return found, rows
+
+
+def measure(kind: str, rank: int | None, lr: float, data: dict, args: argparse.Namespace) -> dict:
+    """Train one case; return its row. Collective."""
+    device = torch.device(get_accelerator().current_device_name())
+    kept = live_tensors(device)
+    before = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    get_accelerator().reset_peak_memory_stats()
+    engine = build(kind, rank, lr, args)
+    other = held_out_loss(engine.module, data["other"], data["pad"], device)
+    found, rows = train(engine, data, args, before)
+    other_after = held_out_loss(engine.module, data["other"], data["pad"], device)
+    between = live_tensor_bytes(device) - before
+    gradients = max(0, found.pop("with_gradients") - between)
+    peak = between + max(found["activation_bytes"], gradients)
+    parameters = list(engine.module.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     held_out = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
-    step_s = [over_ranks(one, device, "max") for one in times[2:]]
-    name = f"lora r={rank} lr={lr:g}" if kind == "lora" else f"full lr={lr:g}"
-    engine.destroy()
-    return {
-        "case": name, "kind": kind, "lora_rank": rank, "lr": lr, "stage": stage, "trained": counts[0],
-        "share": counts[0] / counts[1], "held_bytes": held, "gradient_bytes": max(0, with_gradients - between),
-        "activation_bytes": activations, "peak_bytes": peak, "save_bytes": size,
-        "tokens_per_s": median(t / s for t, s in zip(tokens[2:], step_s, strict=True)),
-        "held_out_loss": held_out[-1], "improvement": held_out[0] - held_out[-1], "other_loss": other[-1],
-        "forgotten": other[-1] - other[0], "rows": rows,
+    row = {
+        "kind": kind, "lora_rank": rank, "lr": lr, "stage": engine.zero_optimization_stage(),
+        "trained": sum(map(numel, trained)), "share": sum(map(numel, trained)) / sum(map(numel, parameters)),
+        "held_bytes": held_bytes(engine), "gradient_bytes": gradients, **found,
+        "peak_bytes": peak if device.type == "cpu" else get_accelerator().max_memory_allocated(),
+        "save_bytes": sum(numel(p) * p.element_size() for p in trained), "held_out_loss": held_out[-1],
+        "improvement": held_out[0] - held_out[-1], "other_loss": other_after, "forgotten": other_after - other,
+        "rows": rows,
     }  # fmt: skip
+    engine.destroy()
+    free(device, keep=kept)
+    return row
+
+
+def best(table: Table, kind: str) -> dict:
+    """The row of this kind with the lowest held-out loss at its end."""
+    rows = [row for row in table.rows if row.get("kind") == kind and "held_out_loss" in row]
+    if not rows:
+        raise UserError(f"no case of {kind!r} has trained: look at the rows above")
+    return min(rows, key=lambda row: row["held_out_loss"])
 
 
 def main() -> None:
     args = parse_args()
-    require_launcher()
-    start_without_compiler()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU
-    deepspeed.init_distributed()
+    if args.steps < 3:
+        raise UserError(f"--steps {args.steps}: the first two are not timed, so take 3 at least")
+    join_world()
     tokenizer = load_tokenizer(args.pretrained)
-    train, held_out = load_chat(args.dataset, tokenizer, args.max_length)
-    other = load_chat(args.other_corpus, tokenizer, args.max_length)[1][: args.other_samples]
-    data = {"train": train, "held_out": held_out, "other": other, "pad": tokenizer.pad_token_id}
-    device = torch.device(get_accelerator().current_device_name())
-    before, table = live_tensor_bytes(device), []
-    heads = ["trained", "share", "optim MB", "peak MB", "save MB", "tok/s", "held out", "other text"]
-    print0(f"{'case':20}" + "".join(f"{head:>13}" for head in heads))
+    train_items, held_out_items = load_chat(args.dataset, tokenizer, args.max_length)
+    other_items = load_chat(args.other_corpus, tokenizer, args.max_length)[1][: args.other_samples]
+    data = {"train": train_items, "held_out": held_out_items, "other": other_items, "pad": tokenizer.pad_token_id}
+    table = Table(Path(args.run_dir) / "compare.json", COLUMNS)
 
     def add(kind: str, rank: int | None, lr: float) -> None:
-        row = measure(kind, rank, lr, data, args, before)
-        gc.collect()
-        get_accelerator().empty_cache()
-        table.append(row)
-        sizes = [f"{n / 1e6:.1f}" for n in (row["held_bytes"]["optimizer"], row["peak_bytes"], row["save_bytes"])]
-        cells = [f"{row['trained']:,}", f"{row['share']:.2%}", *sizes, f"{row['tokens_per_s']:.0f}"]
-        cells += [f"{row['held_out_loss']:.4f}", f"{row['forgotten']:+.4f}"]
-        print0(f"{row['case']:20}" + "".join(f"{cell:>13}" for cell in cells))
-        if dist.get_rank() == 0:
-            write_results(Path(args.run_dir) / "compare.json", this_command(), table=table)
-
-    def best(kind: str) -> dict:
-        return min((row for row in table if row["kind"] == kind), key=lambda row: row["held_out_loss"])
+        with table.row(f"lora r={rank} lr={lr:g}" if kind == "lora" else f"full lr={lr:g}") as row:
+            row |= measure(kind, rank, lr, data, args)
 
     for lr in args.full_lrs:
         add("full", None, lr)
     for lr in args.lora_lrs:
         add("lora", args.lora_rank, lr)
-    rate = best("lora")["lr"]
+    rate = best(table, "lora")["lr"]
     for rank in args.lora_ranks:
         add("lora", rank, rate)
-    full, lora = best("full"), best("lora")
+    full, lora = best(table, "full"), best(table, "lora")
     share = lora["improvement"] / full["improvement"]
-    print0(f"start {table[0]['rows'][0]['held_out_loss']:.4f} | {lora['case']} gains {share:.0%} of {full['case']}")
+    print0(f"start {full['rows'][0]['held_out_loss']:.4f} | {lora['case']} gains {share:.0%} of {full['case']}")
+    title = f"{args.pretrained}, {args.steps} steps, {dist.get_world_size()} ranks"
     if dist.get_rank() == 0:
-        folder = Path(args.run_dir)
-        title = f"{args.pretrained}, {args.steps} steps, {dist.get_world_size()} ranks"
-        shown = [full, *(row for row in table if row["kind"] == "lora" and row["lr"] == rate)]
-        plot_loss({row["case"]: row["rows"] for row in shown}, folder / "loss.png", title)
-        gains, forgotten = ({row["case"]: row[key] for row in table} for key in ("improvement", "forgotten"))
-        plot_bars(gains, folder / "gain.png", title, "held-out loss, nats less")
-        plot_bars(forgotten, folder / "forgotten.png", title, "loss on other text, nats more")
-        print0(f"table: {show_path(folder)}/compare.json | plots: loss.png, gain.png, forgotten.png")
+        shown = [full, *(row for row in table.rows if row.get("kind") == "lora" and row["lr"] == rate)]
+        plot_loss({row["case"]: row["rows"] for row in shown}, Path(args.run_dir) / "loss.png", title)
+    table.bars("improvement", "held-out loss, nats less", title, name="gain")
+    table.bars("forgotten", "loss on other text, nats more", title)
+    table.close()
     dist.destroy_process_group()
 
 
