@@ -11,7 +11,6 @@ Checked with deepspeed 0.19.8. Source: https://www.deepspeed.ai/tutorials/pipeli
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -25,14 +24,16 @@ from torch.utils.data import DataLoader, DistributedSampler
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-# Copying this script? Take day16/gpt2_pipe.py along, and replace the others with your own data and logger.
+# Copying this script? Take gpt2_pipe.py and stage_times.py along, and replace the others with your own data and logger.
 from common.cpu import start_without_compiler
 from common.data import TokenBlocks, endless_batches, load_corpus, load_tokenizer
 from common.errors import UserError, clear_errors
 from common.model import get_preset
 from common.ranks import print0, require_launcher
 from common.run_log import RunLog, default_run_dir, show_path
+from config.read import read_config
 from day16 import gpt2_pipe as gpt2
+from day16.stage_times import StageClock, dtype_of, profile_layers
 
 CLOCKED = range(2, 6)  # steps whose passes are timed: the first one warms up
 
@@ -65,27 +66,13 @@ def loader_for(engine: deepspeed.PipelineEngine, blocks: TokenBlocks, seed: int)
     return DataLoader(blocks, engine.train_micro_batch_size_per_gpu(), sampler=sampler, drop_last=True)
 
 
-def main() -> None:
-    args = parse_args()
-    require_launcher()
-    start_without_compiler()
-    ranks, config = int(os.environ["WORLD_SIZE"]), json.loads(Path(args.deepspeed_config).read_text())
-    if args.stages < 1 or ranks % args.stages:
-        fitting = ", ".join(str(number) for number in range(1, ranks + 1) if ranks % number == 0)
-        raise UserError(f"--stages {args.stages} does not divide the {ranks} ranks; possible here: {fitting}")
-    if args.checkpoint_interval < 0:  # PipelineModule would run no layer at all
-        raise UserError(f"--checkpoint_interval {args.checkpoint_interval}: 1 or more layers, or 0 for none")
-    preset = get_preset(args.model)
-    tokenizer = load_tokenizer(preset.tokenizer)
-    train_blocks, held_out_blocks = load_corpus(args.corpus, tokenizer, preset.block_size)
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU
-    deepspeed.init_distributed()  # before PipelineModule, which divides the ranks into stages
-    shape, method = gpt2.shape_of(args.model, len(tokenizer)), args.partition_method
+def build_pipeline(args: argparse.Namespace, config: dict, vocab_size: int) -> gpt2.CutPipeline:
+    """This rank's stage of GPT-2, cut as --partition_method says, with the weights of the whole model."""
+    shape, method = gpt2.shape_of(args.model, vocab_size), args.partition_method
     if args.stages > (num_layers := len(gpt2.layer_names(shape))):
         raise UserError(f"--stages {args.stages} is more than the {num_layers} layers of {args.model}: take fewer")
     if method == "balanced":
-        dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
-        costs = gpt2.profile_layers(shape, config["train_micro_batch_size_per_gpu"], dtype)
+        costs = profile_layers(shape, config["train_micro_batch_size_per_gpu"], dtype_of(config))
         method = gpt2.best_balanced(costs, args.stages)
     model = gpt2.CutPipeline(
         gpt2.layer_specs(shape),
@@ -97,14 +84,15 @@ def main() -> None:
     )
     # The weights of the whole model, so that every cut starts alike; or those of from_pretrained("gpt2").state_dict().
     gpt2.load_hf(model, shape, gpt2.whole_model(shape, args.seed).state_dict())
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    if engine.num_stages > 1 and engine.gradient_clipping() and not engine.zero_optimization_stage():
-        print0("note: without ZeRO the gradients are clipped by the first stage's norm alone (0.19.8): use ZeRO-1")
+    return model
 
+
+def print_proof(engine: deepspeed.PipelineEngine, model: gpt2.CutPipeline) -> None:
+    """Which rank has which layers, and who shares the embedding, read from the engine. Collective."""
     first, last = model.parts[engine.stage_id : engine.stage_id + 2]
     held = sum(parameter.numel() for parameter in model.parameters())
     line = f"stage {engine.stage_id} of {engine.num_stages}, pipeline {engine.grid.get_data_parallel_rank()}"
-    line += f" | layers {first} to {last - 1} of {num_layers} | {held:,} parameters"
+    line += f" | layers {first} to {last - 1} of {model.parts[-1]} | {held:,} parameters"
     tied = [comm["ranks"] for comm in model.tied_comms.values()]  # empty on stages without a copy
     found = gpt2.from_all_ranks((line, tied))
     for rank, (line, _) in enumerate(found):
@@ -115,6 +103,29 @@ def main() -> None:
         f" | tied on ranks {shared or 'none: one stage'} | {engine.micro_batches} micro-batches"
         f" | checkpoint interval {model.activation_checkpoint_interval} | {engine.device.type}"
     )
+    if engine.num_stages > 1 and engine.gradient_clipping() and not engine.zero_optimization_stage():
+        print0("note: without ZeRO the gradients are clipped by the first stage's norm alone (0.19.8): use ZeRO-1")
+
+
+def main() -> None:
+    args = parse_args()
+    require_launcher()
+    start_without_compiler()
+    ranks = int(os.environ["WORLD_SIZE"])
+    if args.stages < 1 or ranks % args.stages:
+        fitting = ", ".join(str(number) for number in range(1, ranks + 1) if ranks % number == 0)
+        raise UserError(f"--stages {args.stages} does not divide the {ranks} ranks; possible here: {fitting}")
+    if args.checkpoint_interval < 0:  # PipelineModule would run no layer at all
+        raise UserError(f"--checkpoint_interval {args.checkpoint_interval}: 1 or more layers, or 0 for none")
+    config = read_config(args.deepspeed_config, needs=["train_micro_batch_size_per_gpu"])
+    preset = get_preset(args.model)
+    tokenizer = load_tokenizer(preset.tokenizer)
+    train_blocks, held_out_blocks = load_corpus(args.corpus, tokenizer, preset.block_size)
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU
+    deepspeed.init_distributed()  # before PipelineModule, which divides the ranks into stages
+    model = build_pipeline(args, config, len(tokenizer))
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    print_proof(engine, model)
 
     held_out = torch.utils.data.Subset(held_out_blocks, range(min(64, len(held_out_blocks))))
     held_out = loader_for(engine, held_out, args.seed)
@@ -124,7 +135,7 @@ def main() -> None:
     tokens = engine.train_batch_size() * preset.block_size // ranks  # this rank's share
     for step in range(1, args.steps + 1):
         if step == CLOCKED.start:
-            clock = gpt2.StageClock(engine)
+            clock = StageClock(engine)
         log.step(step, engine.train_batch(batches), tokens=tokens)
         if step == CLOCKED[-1]:
             clock.stop()

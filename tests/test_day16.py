@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 from functools import partial
+from importlib import import_module
 from itertools import combinations
 
 import pytest
@@ -11,8 +13,11 @@ from deepspeed import checkpointing
 from deepspeed.runtime.utils import partition_balanced
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
+from common.errors import UserError
+from day16 import exercise, solution
 from day16.gpt2_pipe import CutPipeline, best_parts, head, shape_of
-from tests.launch import error_line, measure_again, run_day, run_plain, run_ranks
+from day16.stage_times import config_to_measure
+from tests.launch import SMALL_CORPUS, error_line, measure_again, run_day, run_ranks, run_warm
 
 TIED = ["parameters", "sgd, zero 1, clipped"]
 
@@ -23,9 +28,9 @@ def cases(run) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """{case: row} of verify.py on two stages, all cases, through the launcher."""
+    """{case: row} of verify.py on two stages, all cases."""
     run_dir = tmp_path_factory.mktemp("two")
-    run_day("day16/labs/verify.py", "--run_dir", run_dir)
+    run_ranks("day16/labs/verify.py", "--run_dir", run_dir, ranks=2)
     return cases((run_dir / "verify.json").read_text())
 
 
@@ -89,7 +94,7 @@ def test_three_stages_and_two_pipelines_of_two(ranks, stages, tmp_path):
 
 @pytest.mark.launch
 def test_training_then_convert_gives_the_same_held_out_loss(tmp_path):
-    flags = ["--corpus", "moby_dick", "--steps", 6, "--log_every", 3, "--run_dir", tmp_path, "--save"]
+    flags = ["--corpus", SMALL_CORPUS, "--steps", 6, "--log_every", 3, "--run_dir", tmp_path, "--save"]
     flags += ["--partition_method", "balanced", "--checkpoint_interval", 1]
     run = run_day("day16/train.py", *flags, "--deepspeed_config", "day16/ds_config_zero1.json")
     assert run.losses[1] > run.losses[6] + 0.02
@@ -101,12 +106,13 @@ def test_training_then_convert_gives_the_same_held_out_loss(tmp_path):
     )
     assert "checkpoint interval 1 |" in run.stdout
     assert len(re.findall(r"^rank \d: [\d.]+ ms forward and backward a micro-batch$", run.stdout, re.M)) == 2
-    out = run_plain("day16/convert.py", tmp_path / "pipeline", tmp_path / "model", "--corpus", "moby_dick").stdout
+    out = run_warm("day16/convert.py", tmp_path / "pipeline", tmp_path / "model", "--corpus", SMALL_CORPUS).stdout
     assert "5 layer files | 937,472 parameters | held-out loss " in out  # the tied head has no file
     assert float(re.search(r"held-out loss ([\d.]+)", out)[1]) == pytest.approx(run.held_out[6], abs=1e-5)
 
 
 @pytest.mark.launch
+@pytest.mark.serial
 @measure_again
 def test_the_balanced_cut_is_faster(tmp_path):
     run_ranks("day16/labs/balance.py", "--steps", 4, "--rounds", 2, "--run_dir", tmp_path, ranks=2)
@@ -120,9 +126,10 @@ def test_the_balanced_cut_is_faster(tmp_path):
 
 
 @pytest.mark.launch
+@pytest.mark.serial
 @measure_again
 def test_stages_finds_the_cuts_and_times_on_one_process(two, tmp_path):
-    run_plain("day16/labs/stages.py", "--num_layers", 4, "--rounds", 1, "--run_dir", tmp_path)
+    run_warm("day16/labs/stages.py", "--num_layers", 4, "--rounds", 1, "--run_dir", tmp_path)
     result = json.loads((tmp_path / "stages.json").read_text())
     rows = {name: row for row in result["table"] for name in row["cut"].split(" = ")}
     for name in ("uniform", "parameters", "type:GPT2Block"):  # as PipelineModule cuts on two ranks
@@ -138,6 +145,7 @@ def test_stages_finds_the_cuts_and_times_on_one_process(two, tmp_path):
 
 
 @pytest.mark.launch
+@pytest.mark.serial
 @measure_again
 def test_waiting_falls_with_the_micro_batches(tmp_path):
     flags = ["--micro_batch", 3, "--micro_batches", 1, 8, "--zero", 3, "--steps", 1, "--run_dir", tmp_path]
@@ -203,31 +211,66 @@ def test_a_checkpointed_group_has_blocks_alone():
 
 @pytest.mark.launch
 @pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--stages", 2], "--stages 2 does not divide the 1 ranks; possible here: 1"),
+        (["--stages", 1, "--checkpoint_interval", -1], "--checkpoint_interval -1: 1 or more layers"),
+        (["--stages", 1, "--partition_method", "parts:0,9"], "parts:0,9: 1 stages take 2 rising numbers, 0 to 6"),
+        (["--stages", 1, "--partition_method", "nope"], "Partitioning method nope not implemented -> uniform"),
+        (["--stages", 1, "--partition_method", "type:Nope"], "Partitioning 'nope' found no valid layers"),
+    ],
+)
+def test_mistakes_get_one_sentence(flags, sentence):
+    run = run_ranks("day16/train.py", *flags, "--corpus", SMALL_CORPUS, check=False)
+    assert error_line(run).startswith(sentence)
+
+
+@pytest.mark.parametrize(
     ("script", "flags", "sentence"),
     [
-        ("train", ["--stages", 2], "--stages 2 does not divide the 1 ranks; possible here: 1"),
-        ("train", ["--stages", 1, "--checkpoint_interval", -1], "--checkpoint_interval -1: 1 or more layers"),
-        (
-            "train",
-            ["--stages", 1, "--partition_method", "parts:0,9"],
-            "parts:0,9: 1 stages take 2 rising numbers, 0 to 6",
-        ),
-        ("train", ["--stages", 1, "--partition_method", "nope"], "Partitioning method nope not implemented -> uniform"),
-        ("train", ["--stages", 1, "--partition_method", "type:Nope"], "Partitioning 'nope' found no valid layers"),
-        ("compare", ["--micro_batch", 0], "--micro_batch 0: a micro-batch has 1 sequence at least"),
-        ("compare", ["--micro_batches", 4, 0], "--steps 4 --micro_batches 0: both start at 1"),
-        ("balance", ["--steps", 1], "--steps 1 --rounds 3: 2 steps (the first warms up) and 1 round at least"),
+        ("labs.compare", ["--micro_batch", "0"], "--micro_batch 0: a micro-batch has 1 sequence at least"),
+        ("labs.compare", ["--micro_batches", "4", "0"], "--steps 4 --micro_batches 0: both start at 1"),
+        ("labs.balance", ["--steps", "1"], "--steps 1 --rounds 3: 2 steps (the first warms up) and 1 round at least"),
+        ("labs.stages", ["--stages", "9"], "6 layers do not fill 9 stages"),
+        ("labs.stages", ["--rounds", "0"], "--rounds 0: at least 1"),
         ("convert", ["day16", "runs/day16/x"], "day16 has no layer_XX files: name the folder of the tag"),
     ],
 )
-def test_mistakes_get_one_sentence(script, flags, sentence):
-    assert error_line(run_ranks(f"day16/{script}.py", *flags, check=False)).startswith(sentence)
+def test_bad_flags_get_one_sentence(script, flags, sentence, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"day16/{script}.py", *flags])
+    with pytest.raises(UserError) as told:
+        import_module(f"day16.{script}").main()
+    assert str(told.value).startswith(sentence)
 
 
-@pytest.mark.launch
+def test_a_config_that_lacks_what_is_read_gets_one_sentence(tmp_path):
+    config = tmp_path / "ds_config.json"
+    config.write_text('{"train_micro_batch_size_per_gpu": 2, // no optimizer\n}')
+    with pytest.raises(UserError, match="has no `optimizer.params`, which this script reads"):
+        config_to_measure(config, None)
+    config.write_text('{"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}, // no batch\n}')
+    assert config_to_measure(config, 4)["train_micro_batch_size_per_gpu"] == 4
+    with pytest.raises(UserError, match="has no `train_micro_batch_size_per_gpu`"):
+        config_to_measure(config, None)
+
+
+def without_forward_fn():
+    specs = solution.layers()
+    specs[2].forward_fn = None
+    return specs
+
+
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [(["--stages", 9], "6 layers do not fill 9 stages"), (["--rounds", 0], "--rounds 0: at least 1")],
+    ("part", "answer", "sentence"),
+    [
+        ("cuts", lambda costs, stages: None, "best_parts([1, 4, 2, 1, 1], 3) is (), not the cuts of 3 stages"),
+        ("cuts", lambda costs, stages: [0, 2, 3, 5], "the slowest stage takes 5; 4 is possible"),
+        ("waiting", lambda seconds, count: 0.5, "TODO 3, waiting([1, 1], 1) is 0.5: return it as a Fraction"),
+        ("layers", None, "layers() should be a TiedLayerSpec, a LayerSpec, and a TiedLayerSpec of the same key"),
+        ("layers", without_forward_fn(), "TODO 1, layer 3, called as layer(x), for it has no forward_fn, raises"),
+    ],
 )
-def test_mistakes_with_stages_get_one_sentence(flags, sentence):
-    assert error_line(run_plain("day16/labs/stages.py", *flags, check=False)) == sentence
+def test_the_exercise_says_what_is_wrong(part, answer, sentence):
+    with pytest.raises(UserError) as told:
+        getattr(exercise, f"check_{part}")(answer)
+    assert sentence in str(told.value)

@@ -12,9 +12,7 @@ Checked with deepspeed 0.19.8. Source: https://github.com/deepspeedai/DeepSpeed/
 """
 
 import argparse
-import os
 import sys
-import time
 from pathlib import Path
 from statistics import median
 
@@ -23,19 +21,22 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import partition_balanced
+from transformers import GPT2Config
 
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from common.cpu import start_without_compiler
+from bench.table import Table
+from bench.timing import time_step
+from bench.world import join_world
 from common.data import load_tokenizer
 from common.errors import UserError, clear_errors
 from common.model import get_preset
 from common.plots import plot_bars
-from common.ranks import print0, require_launcher
-from common.results import this_command, write_results
-from common.run_log import default_run_dir, show_path
+from common.ranks import print0
+from common.run_log import default_run_dir
 from day16 import gpt2_pipe as gpt2
+from day16.stage_times import StageClock, config_to_measure, dtype_of, in_ms, profile_layers
 
 
 def parse_args() -> argparse.Namespace:
@@ -45,7 +46,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="turns that each cut gets")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--run_dir", default=default_run_dir("day16"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day16"), help="folder for balance.json and plots")
     parser.add_argument("--model", default="tiny", help="preset of common/model.py")
     parser.add_argument("--micro_batch", type=int, help="sequences of a micro-batch, in place of the config's number")
     parser.add_argument("--num_layers", type=int, help="blocks, in place of the preset's number")
@@ -53,95 +54,99 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def build(shape: GPT2Config, stages: int, method: str) -> gpt2.CutPipeline:
+    with torch.device(get_accelerator().current_device_name()):
+        specs = gpt2.layer_specs(shape)
+        return gpt2.CutPipeline(specs, num_stages=stages, loss_fn=gpt2.next_token_loss, partition_method=method)
+
+
+def all_cuts(shape: GPT2Config, stages: int, costs: list[float]) -> dict[tuple[int, ...], str]:
+    """{where to cut: the methods that come to it}: DeepSpeed's three, and the best one by these times."""
+    methods = {name: name for name in ("uniform", "parameters", "type:GPT2Block")}
+    cuts = {}
+    for name, method in (methods | {"balanced": gpt2.best_balanced(costs, stages)}).items():
+        cuts.setdefault(tuple(map(int, build(shape, stages, method).parts)), []).append(name)
+    return {parts: " = ".join(names) for parts, names in cuts.items()}
+
+
+def train(model: gpt2.CutPipeline, config: dict, ids: torch.Tensor, steps: int) -> tuple[list[float], list[float], int]:
+    """(seconds of the steps, seconds this rank computes for a micro-batch in them, sequences of a step); 1 warms up."""
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    clock, seconds, busy = StageClock(engine), [], []
+    for _ in range(steps):
+        dist.barrier()
+        seconds.append(time_step(lambda: engine.train_batch(iter([(ids, ids)] * engine.micro_batches)))[0])
+        busy.append(clock.take() / engine.micro_batches)
+    engine.destroy()
+    get_accelerator().empty_cache()
+    return seconds[1:], busy[1:], engine.train_batch_size()
+
+
+def measure(args, cuts: dict[tuple[int, ...], str], shape: GPT2Config, start: dict, config: dict) -> list[dict]:
+    """A row for each cut, trained by turns: every rank's stage and its median times. Collective."""
+    torch.manual_seed(args.seed)
+    ids = torch.randint(shape.vocab_size, (config["train_micro_batch_size_per_gpu"], shape.n_positions))
+    step_s, busy_s = {parts: [] for parts in cuts}, {parts: [] for parts in cuts}
+    for _ in range(args.rounds):
+        for parts in cuts:
+            model = build(shape, len(parts) - 1, "parts:" + ",".join(map(str, parts)))
+            gpt2.load_hf(model, shape, start)
+            seconds, busy, sequences = train(model, config, ids, args.steps)
+            step_s[parts] += seconds
+            busy_s[parts] += busy
+    rows = []
+    for parts, names in cuts.items():
+        found = gpt2.from_all_ranks((model.stage_id, median(step_s[parts]), median(busy_s[parts])))
+        stage_s = [max(busy for at, _, busy in found if at == stage) for stage in range(len(parts) - 1)]
+        row = {"case": names, "cut": names, "parts": " ".join(map(str, parts)), "stage_ms": in_ms(stage_s)}
+        row |= {"slowest_s": max(stage_s), "slowest_by_fastest": max(stage_s) / min(stage_s)}
+        row["tokens_per_s"] = sequences * shape.n_positions / max(seconds for _, seconds, _ in found)
+        rows.append(row)
+    return rows
+
+
+COLUMNS = {
+    "cut before layer": "parts:", "ms, stage by stage": "stage_ms:", "ms, sums of layers": "predicted_ms:",
+    "slowest/fastest": "slowest_by_fastest:.2f", "tok/s": "tokens_per_s:.0f", "gain": "gain:.2f",
+}  # fmt: skip
+
+
 def main() -> None:
     args = parse_args()
-    require_launcher()
     if args.steps < 2 or args.rounds < 1:
-        raise UserError(
-            f"--steps {args.steps} --rounds {args.rounds}: 2 steps (the first warms up) and 1 round at least"
-        )
-    config = gpt2.config_to_measure(args.deepspeed_config, args.micro_batch)
-    start_without_compiler()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU
-    deepspeed.init_distributed()
-    stages, micro_batch = args.stages or dist.get_world_size(), config["train_micro_batch_size_per_gpu"]
-    vocab_size = len(load_tokenizer(get_preset(args.model).tokenizer))
-    shape = gpt2.shape_of(args.model, vocab_size, args.num_layers)
-    device = torch.device(get_accelerator().current_device_name())
+        sizes = f"--steps {args.steps} --rounds {args.rounds}"
+        raise UserError(f"{sizes}: 2 steps (the first warms up) and 1 round at least")
+    config = config_to_measure(args.deepspeed_config, args.micro_batch)
+    device = join_world()
+    stages = args.stages or dist.get_world_size()
+    shape = gpt2.shape_of(args.model, len(load_tokenizer(get_preset(args.model).tokenizer)), args.num_layers)
     with device:  # weights are drawn there, which takes a GPU seconds and a CPU minutes
         start = gpt2.whole_model(shape, args.seed).state_dict()
     start = {name: tensor.cpu() for name, tensor in start.items()}  # on the host; each rank copies its stage
-    dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
-    costs = gpt2.profile_layers(shape, micro_batch, dtype)
+    costs = profile_layers(shape, config["train_micro_batch_size_per_gpu"], dtype_of(config))
     names = gpt2.layer_names(shape)
     sizes = [sum(v.numel() for k, v in start.items() if k.startswith(f"{name}.")) for name in names]
+    layers = [{"layer": n, "ms": 1000 * c, "parameters": p} for n, c, p in zip(names, costs, sizes, strict=True)]
     print0("ms forward and backward of one micro-batch, and parameters, of each layer:")
-    for name, cost, size in zip(names, costs, sizes, strict=True):
-        print0(f"{name:18} {cost * 1000:8.2f} ms {size:12,}")
-
-    def module(method: str) -> gpt2.CutPipeline:
-        specs = gpt2.layer_specs(shape)
-        with device:
-            return gpt2.CutPipeline(specs, num_stages=stages, loss_fn=gpt2.next_token_loss, partition_method=method)
-
-    balanced, cuts = gpt2.best_balanced(costs, stages), {}
-    methods = {method: method for method in ("uniform", "parameters", "type:GPT2Block")} | {"balanced": balanced}
-    for name, method in methods.items():
-        cuts.setdefault(tuple(map(int, module(method).parts)), []).append(name)  # some come to the same cut
+    for layer in layers:
+        print0(f"{layer['layer']:18} {layer['ms']:8.2f} ms {layer['parameters']:12,}")
+    cuts = all_cuts(shape, stages, costs)
     theirs = list(map(int, partition_balanced(costs, stages)))
     print0(f"DeepSpeed's partition_balanced, given these times, cuts at {theirs}")
 
-    torch.manual_seed(args.seed)
-    ids = torch.randint(vocab_size, (micro_batch, shape.n_positions))
-    rows = {parts: {"cut": " = ".join(who), "parts": " ".join(map(str, parts))} for parts, who in cuts.items()}
-    times = {parts: ([], []) for parts in cuts}  # seconds a step; seconds of the passes of each rank
-    for _ in range(args.rounds):
-        for parts in cuts:
-            model = module("parts:" + ",".join(map(str, parts)))
-            gpt2.load_hf(model, shape, start)
-            engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-            clock, micro_batches = gpt2.StageClock(engine), engine.micro_batches
-            for step in range(args.steps):
-                dist.barrier()
-                begin = time.perf_counter()
-                engine.train_batch(iter([(ids, ids)] * micro_batches))
-                get_accelerator().synchronize()
-                seconds, busy = time.perf_counter() - begin, clock.take()
-                if step:  # the first one warms up
-                    times[parts][0].append(seconds)
-                    times[parts][1].append(busy / micro_batches)
-            rows[parts]["tokens"] = engine.train_batch_size() * ids.shape[1]
-            engine.destroy()
-            get_accelerator().empty_cache()
-    for parts, row in rows.items():
-        found = gpt2.from_all_ranks((model.stage_id, median(times[parts][0]), median(times[parts][1])))
-        stage_s = [max(busy for at, _, busy in found if at == stage) for stage in range(stages)]
-        predicted = [sum(costs[a:b]) for a, b in zip(parts, parts[1:], strict=False)]
-        row["stage_ms"] = gpt2.in_ms(stage_s)
-        row["predicted_ms"] = gpt2.in_ms(predicted)
-        row |= {"slowest_s": max(stage_s), "slowest_by_fastest": max(stage_s) / min(stage_s)}
-        row["tokens_per_s"] = row.pop("tokens") / max(seconds for _, seconds, _ in found)
-    table, first = list(rows.values()), next(iter(rows.values()))
-    for row in table:
-        row["gain"] = row["tokens_per_s"] / first["tokens_per_s"]
-        print0(f"{row['cut']} | cut at {row['parts']} | stages {row['stage_ms']} ms (layers {row['predicted_ms']})")
-        line = f"slowest / fastest {row['slowest_by_fastest']:.2f} | {row['tokens_per_s']:.0f} tok/s"
-        print0(f"    {line} | {row['gain']:.2f} times the first")
-
+    rows = measure(args, cuts, shape, start, config)
+    facts = {"layers": layers, "partition_balanced": theirs}
+    table = Table(Path(args.run_dir) / "balance.json", COLUMNS, width=max(map(len, cuts.values())) + 2, **facts)
+    for row, parts in zip(rows, cuts, strict=True):
+        row["predicted_ms"] = in_ms(sum(costs[a:b]) for a, b in zip(parts, parts[1:], strict=False))
+        row["gain"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
+        table.add(row)
     if dist.get_rank() == 0:
-        layers = [
-            {"layer": name, "ms": cost * 1000, "parameters": size}
-            for name, cost, size in zip(names, costs, sizes, strict=True)
-        ]
-        values = {"layers": layers, "partition_balanced": theirs, "table": table}
-        write_results(Path(args.run_dir) / "balance.json", this_command(), **values)
-        path, what = Path(args.run_dir), f"{args.model}, {shape.n_layer} blocks, {stages} stages"
-        plot_bars(
-            dict(zip(names, (1000 * c for c in costs), strict=True)), path / "layers.png", what, "ms a micro-batch"
-        )
-        stage_times = {f"{r['cut']}: stage {i}": float(ms) for r in table for i, ms in enumerate(r["stage_ms"].split())}
-        plot_bars(stage_times, path / "stages.png", what, "ms forward and backward a micro-batch")
-        print0(f"table: {show_path(args.run_dir)}/balance.json")
+        what, folder = f"{args.model}, {shape.n_layer} blocks, {stages} stages", Path(args.run_dir)
+        plot_bars({layer["layer"]: layer["ms"] for layer in layers}, folder / "layers.png", what, "ms a micro-batch")
+        bars = {f"{r['cut']}: stage {i}": float(ms) for r in rows for i, ms in enumerate(r["stage_ms"].split())}
+        plot_bars(bars, folder / "stages.png", what, "ms forward and backward a micro-batch")
+    table.close()
     dist.destroy_process_group()
 
 

@@ -11,32 +11,34 @@ Checked with deepspeed 0.19.8. Source: arXiv:2104.04473, section 2.2; deepspeed/
 """
 
 import argparse
-import gc
-import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
+from transformers import GPT2Config
 
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 from bench.held import live_tensors
-from common.cpu import start_without_compiler
+from bench.memory import free
+from bench.table import Table
+from bench.timing import slowest_median, time_step
+from bench.world import join_world
 from common.data import load_tokenizer
 from common.errors import UserError, clear_errors
 from common.model import get_preset
 from common.plots import plt, save_plot
-from common.ranks import over_ranks, print0, require_launcher
-from common.results import this_command, write_results
-from common.run_log import default_run_dir, show_path
+from common.ranks import over_ranks
+from common.run_log import default_run_dir
 from day16 import gpt2_pipe as gpt2
+from day16.stage_times import StageClock, config_to_measure, dtype_of, profile_layers, shortest_step
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,7 +49,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps (not micro-batches)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    parser.add_argument("--run_dir", default=default_run_dir("day16"), help="folder for metrics.jsonl and plots")
+    parser.add_argument(
+        "--run_dir", default=default_run_dir("day16"), help="folder for compare.json and tokens_per_s.png"
+    )
     parser.add_argument("--model", default="tiny", help="preset of common/model.py")
     parser.add_argument("--micro_batch", type=int, help="sequences of a micro-batch, in place of the config's number")
     return parser.parse_args()
@@ -58,10 +62,7 @@ def timed(step: Callable, steps: int) -> list[float]:
     seconds = []
     for _ in range(steps + 1):
         dist.barrier()
-        start = time.perf_counter()
-        step()
-        get_accelerator().synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time_step(step)[0])
     return seconds[1:]
 
 
@@ -70,7 +71,7 @@ def waits(engine, step: Callable, steps: int) -> tuple[float, float]:
 
     The pipeline's time ends with the first stage's last backward pass: bubbles are in there, the optimizer is not.
     """
-    clock, waited, explained, micro_batches = gpt2.StageClock(engine), [], [], engine.micro_batches
+    clock, waited, explained, micro_batches = StageClock(engine), [], [], engine.micro_batches
     for _ in range(steps):
         dist.barrier()
         start = time.perf_counter()
@@ -79,7 +80,7 @@ def waits(engine, step: Callable, steps: int) -> tuple[float, float]:
         span = max(seconds for _, seconds, _ in found)
         waited.append(1 - sum(busy for *_, busy in found) / len(found) / span)
         each = [max(busy for at, _, busy in found if at == s) / micro_batches for s in range(engine.num_stages)]
-        explained.append(1 - micro_batches * sum(each) / len(each) / gpt2.shortest_step(each, micro_batches))
+        explained.append(1 - micro_batches * sum(each) / len(each) / shortest_step(each, micro_batches))
     clock.stop()
     return median(waited), median(explained)
 
@@ -87,8 +88,9 @@ def waits(engine, step: Callable, steps: int) -> tuple[float, float]:
 def plot(table: list[dict], path: Path, title: str) -> None:
     """Tokens/s against micro-batches, a line for each way."""
     figure, axes = plt.subplots(figsize=(7, 4))
-    for way in dict.fromkeys(row["way"] for row in table):
-        points = [(row["micro_batches"], row["tokens_per_s"]) for row in table if row["way"] == way]
+    ran = [row for row in table if "tokens_per_s" in row]
+    for way in dict.fromkeys(row["way"] for row in ran):
+        points = [(row["micro_batches"], row["tokens_per_s"]) for row in ran if row["way"] == way]
         axes.plot(*zip(*points, strict=True), "o-", label=way)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
@@ -96,103 +98,105 @@ def plot(table: list[dict], path: Path, title: str) -> None:
     save_plot(figure, axes, path)
 
 
-def main() -> None:
-    args = parse_args()
-    require_launcher()
-    if min(args.steps, *args.micro_batches) < 1:
-        raise UserError(f"--steps {args.steps} --micro_batches {min(args.micro_batches)}: both start at 1")
-    config = gpt2.config_to_measure(args.deepspeed_config, args.micro_batch)
-    start_without_compiler()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU
-    deepspeed.init_distributed()
-    ranks, device = dist.get_world_size(), torch.device(get_accelerator().current_device_name())
-    micro_batch = config["train_micro_batch_size_per_gpu"]
-    vocab_size = len(load_tokenizer(get_preset(args.model).tokenizer))
-    shape = gpt2.shape_of(args.model, vocab_size)
-    with device:  # weights are drawn there, which takes a GPU seconds and a CPU minutes
-        start = gpt2.whole_model(shape, args.seed).state_dict()
-    start = {name: tensor.cpu() for name, tensor in start.items()}
-    dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
-    costs = gpt2.profile_layers(shape, micro_batch, dtype)
-    torch.manual_seed(args.seed)
-    ids = torch.randint(vocab_size, (micro_batch, shape.n_positions))
-    here, table = ids.to(device), []
-    # What lay here before an engine was built; referenced, so that no address is used twice. (ZeRO-3 engines leave
-    # tensors behind when destroyed, and on CPU the whole model lies here as well.)
-    before = {}
-    print0("way                | micro-batches |   tok/s | waited | formula | explained | MB a rank")
+COLUMNS = {
+    "micro-batches": "micro_batches:", "tok/s": "tokens_per_s:.0f", "waited": "waited:.3f", "formula": "formula:.3f",
+    "explained": "explained:.3f", "MB a rank": "held_bytes:MB",
+}  # fmt: skip
 
-    def add(way: str, engine, step: Callable, micro_batches: int, stages: int) -> None:
-        seconds = over_ranks(median(timed(step, args.steps)), device, "max")
-        row = {"way": way, "stages": stages, "micro_batches": micro_batches, "batch": engine.train_batch_size()}
-        row["tokens_per_s"] = engine.train_batch_size() * shape.n_positions / seconds
-        row |= {"waited": None, "formula": None, "explained": None}
-        if stages > 1:
-            row["waited"], row["explained"] = waits(engine, step, args.steps)
-            row["formula"] = (stages - 1) / (micro_batches + stages - 1)
-        new = [tensor for at, tensor in live_tensors(device).items() if at not in before]
-        held = sum(tensor.untyped_storage().nbytes() for tensor in new)
-        row["held_bytes"] = over_ranks(held, device, "max")
-        del new
-        table.append(row)
-        cells = ["     –" if row[k] is None else f"{row[k]:6.3f}" for k in ("waited", "formula", "explained")]
-        figures = f"{row['tokens_per_s']:7.0f} | {cells[0]} | {cells[1]:>7} | {cells[2]:>9}"
-        print0(f"{way:18} | {micro_batches:13} | {figures} | {row['held_bytes'] / 1e6:9.1f}")
-        if dist.get_rank() == 0:  # after each row, so that an interrupted run leaves what it has
-            write_results(Path(args.run_dir) / "compare.json", this_command(), table=table)
 
-    def free() -> None:
-        """Empty what an engine made: `engine.destroy()` leaves the tensors of stage 3 alive (0.19.8)."""
-        gc.collect()
-        for at, tensor in live_tensors(device).items():
-            if at not in before and tensor.untyped_storage().resizable():
-                tensor.untyped_storage().resize_(0)
-        get_accelerator().empty_cache()
+@dataclass
+class Setting:
+    """What all ways have in common."""
 
-    # Before the pipelines: they leave a grid behind that a plain engine stumbles over (0.19.8).
-    for stage in args.zero:  # the whole model on every rank, without PipelineModule: stages 2 and 3 are possible here
-        zero = {"reduce_bucket_size": 500_000} | config["zero_optimization"] | {"stage": stage}  # default: 2 GB
-        zero = config | {"zero_optimization": zero}
-        for micro_batches in args.micro_batches:
-            zero["gradient_accumulation_steps"] = micro_batches
-            before = live_tensors(device)
-            with device:
-                model = gpt2.whole_model(shape, args.seed)
-            engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=dict(zero))
+    args: argparse.Namespace
+    config: dict
+    shape: GPT2Config
+    ids: torch.Tensor  # of one micro-batch
+    device: torch.device
+    table: Table
+
+    def add(self, way: str, engine, step: Callable, micro_batches: int, stages: int, before: dict) -> None:
+        """A row for `step` of `engine`. `before`: the live tensors from before it was built, which it does not hold."""
+        with self.table.row(way, way=way, stages=stages, micro_batches=micro_batches) as row:
+            row["batch"] = engine.train_batch_size()
+            seconds = slowest_median(timed(step, self.args.steps), self.device)
+            row["tokens_per_s"] = engine.train_batch_size() * self.shape.n_positions / seconds
+            row |= {"waited": None, "formula": None, "explained": None}
+            if stages > 1:
+                row["waited"], row["explained"] = waits(engine, step, self.args.steps)
+                row["formula"] = (stages - 1) / (micro_batches + stages - 1)
+            new = [tensor for at, tensor in live_tensors(self.device).items() if at not in before]
+            held = sum(tensor.untyped_storage().nbytes() for tensor in new)
+            row["held_bytes"] = over_ranks(held, self.device, "max")
+
+    def data_parallel(self, stage: int) -> None:
+        """The whole model on every rank, without PipelineModule: ZeRO-2 and 3 are possible here."""
+        zero = {"reduce_bucket_size": 500_000} | self.config.get("zero_optimization", {}) | {"stage": stage}
+        config = self.config | {"zero_optimization": zero}  # (the bucket's default is 2 GB)
+        here = self.ids.to(self.device)
+        for micro_batches in self.args.micro_batches:
+            config["gradient_accumulation_steps"] = micro_batches
+            before = live_tensors(self.device)
+            with self.device:
+                model = gpt2.whole_model(self.shape, self.args.seed)
+            engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=dict(config))
 
             def step(engine=engine, micro_batches=micro_batches) -> None:
                 for _ in range(micro_batches):
                     engine.backward(engine(input_ids=here, labels=here).loss)
                     engine.step()
 
-            add(f"{ranks} x zero {stage}", engine, step, micro_batches, 1)
+            self.add(f"{dist.get_world_size()} x zero {stage}", engine, step, micro_batches, 1, before)
             engine.destroy()
             del engine, model, step
-            free()
+            free(self.device, before)
 
-    for stages in (s for s in (1, 2, 4, 8) if s <= ranks and ranks % s == 0):
-        before = live_tensors(device)
-        with device:
+    def pipelines(self, stages: int, costs: list[float], start: dict[str, torch.Tensor]) -> None:
+        """As many pipelines of `stages` stages as there are ranks for, cut by time."""
+        before = live_tensors(self.device)
+        with self.device:
             module = gpt2.CutPipeline(
-                gpt2.layer_specs(shape), num_stages=stages, loss_fn=gpt2.next_token_loss,
+                gpt2.layer_specs(self.shape), num_stages=stages, loss_fn=gpt2.next_token_loss,
                 partition_method=gpt2.best_balanced(costs, stages), checkpointable_layers=["GPT2Block"],
             )  # fmt: skip
-        gpt2.load_hf(module, shape, start)
-        engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)
-        for micro_batches in args.micro_batches:
-            engine.set_train_batch_size(micro_batch * micro_batches * engine.dp_world_size)
-            batches = [(ids, ids)] * micro_batches
-            add(
-                f"{ranks // stages} x {stages} stages", engine,
-                lambda engine=engine, batches=batches: engine.train_batch(iter(batches)), micro_batches, stages,
-            )  # fmt: skip
-        engine.destroy()
-        del engine, module
-        free()
+        gpt2.load_hf(module, self.shape, start)
+        engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=self.config)
+        way = f"{engine.dp_world_size} x {stages} stages"
+        for micro_batches in self.args.micro_batches:
+            engine.set_train_batch_size(len(self.ids) * micro_batches * engine.dp_world_size)
 
+            def step(engine=engine, micro_batches=micro_batches) -> None:
+                engine.train_batch(iter([(self.ids, self.ids)] * micro_batches))
+
+            self.add(way, engine, step, micro_batches, stages, before)
+        engine.destroy()
+        del engine, module, step
+        free(self.device, before)
+
+
+def main() -> None:
+    args = parse_args()
+    if min(args.steps, *args.micro_batches) < 1:
+        raise UserError(f"--steps {args.steps} --micro_batches {min(args.micro_batches)}: both start at 1")
+    config = config_to_measure(args.deepspeed_config, args.micro_batch)
+    device = join_world()
+    ranks, micro_batch = dist.get_world_size(), config["train_micro_batch_size_per_gpu"]
+    shape = gpt2.shape_of(args.model, len(load_tokenizer(get_preset(args.model).tokenizer)))
+    with device:  # weights are drawn there, which takes a GPU seconds and a CPU minutes
+        start = gpt2.whole_model(shape, args.seed).state_dict()
+    start = {name: tensor.cpu() for name, tensor in start.items()}
+    costs = profile_layers(shape, micro_batch, dtype_of(config))
+    torch.manual_seed(args.seed)
+    ids = torch.randint(shape.vocab_size, (micro_batch, shape.n_positions))
+    table = Table(Path(args.run_dir) / "compare.json", COLUMNS)
+    setting = Setting(args, config, shape, ids, device, table)
+    for stage in args.zero:  # before the pipelines: they leave a grid behind that a plain engine stumbles over (0.19.8)
+        setting.data_parallel(stage)
+    for stages in (s for s in (1, 2, 4, 8) if s <= ranks and ranks % s == 0):
+        setting.pipelines(stages, costs, start)
     if dist.get_rank() == 0:
-        plot(table, Path(args.run_dir) / "tokens_per_s.png", f"{args.model} on {ranks} ranks")
-        print0(f"table: {show_path(args.run_dir)}/compare.json")
+        plot(table.rows, Path(args.run_dir) / "tokens_per_s.png", f"{args.model} on {ranks} ranks")
+    table.close()
     dist.destroy_process_group()
 
 

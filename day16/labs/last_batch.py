@@ -11,8 +11,6 @@ Checked with deepspeed 0.19.8. Source: https://github.com/deepspeedai/DeepSpeedE
 """
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
@@ -22,17 +20,17 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import RepeatingLoader
 from torch.utils.data import DataLoader, DistributedSampler
 
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from common.cpu import start_without_compiler
+from bench.world import join_world
 from common.data import endless_batches
 from common.errors import clear_errors
-from common.ranks import print0, require_launcher
+from common.ranks import print0
+from config.read import read_config
 from day16 import gpt2_pipe as gpt2
 
 BLOCKS = [{"input_ids": (ids := torch.full((32,), number)), "labels": ids} for number in range(7)]
@@ -63,12 +61,9 @@ def noted(batches: Iterable[dict], seen: list[str]) -> Iterator[tuple[torch.Tens
 
 def main() -> None:
     args = parse_args()
-    require_launcher()
-    start_without_compiler()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective: each rank its own GPU
-    deepspeed.init_distributed()
+    join_world()
     shape, stages = gpt2.shape_of("tiny", 4096), dist.get_world_size()
-    config = json.loads(Path(args.deepspeed_config).read_text()) | {"gradient_accumulation_steps": 4}
+    config = read_config(args.deepspeed_config) | {"gradient_accumulation_steps": 4}
     for way in args.ways:
         drop_last, again, dynamic = WAYS[way]
         specs = gpt2.layer_specs(shape)

@@ -22,13 +22,14 @@ from deepspeed.runtime.utils import partition_balanced, partition_uniform
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.table import Table
 from common.data import load_tokenizer
 from common.errors import UserError, clear_errors
 from common.model import get_preset
 from common.plots import plot_bars
-from common.results import this_command, write_results
-from common.run_log import default_run_dir, show_path
+from common.run_log import default_run_dir
 from day16 import gpt2_pipe as gpt2
+from day16.stage_times import in_ms, profile_layers, shortest_step, time_layers
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--micro_batches", type=int, default=8, help="of a step, for the tokens/s")
     parser.add_argument("--bf16", action="store_true", help="bf16 instead of fp32")
     parser.add_argument("--rounds", type=int, default=3, help="turns that each cut gets")
-    parser.add_argument("--run_dir", default=default_run_dir("day16"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day16"), help="folder for stages.json and stages.png")
     parser.add_argument("--model", default="tiny", help="preset of common/model.py")
     parser.add_argument("--num_layers", type=int, help="blocks, in place of the preset's number")
     return parser.parse_args()
@@ -55,6 +56,12 @@ def all_cuts(sizes: list[int], costs: list[float], stages: int) -> dict[tuple[in
     return {parts: " = ".join(names) for parts, names in cuts.items()}
 
 
+COLUMNS = {
+    "cut before layer": "parts:", "ms, stage by stage": "stage_ms:", "ms, sums of layers": "layers_ms:",
+    "slowest/fastest": "slowest_by_fastest:.2f", "at most tok/s": "tokens_per_s:.0f",
+}  # fmt: skip
+
+
 def main() -> None:
     args = parse_args()
     for name in ("stages", "micro_batch", "micro_batches", "rounds", "num_layers"):
@@ -64,38 +71,30 @@ def main() -> None:
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     with torch.device("meta"):
         sizes = [sum(p.numel() for p in spec.build().parameters()) for spec in gpt2.layer_specs(shape)]
-    costs = gpt2.profile_layers(shape, args.micro_batch, dtype)
+    costs = profile_layers(shape, args.micro_batch, dtype)
     cuts = all_cuts(sizes, costs, args.stages)
     times = {parts: [[] for _ in range(args.stages)] for parts in cuts}
     for _ in range(args.rounds):  # by turns: what else the machine does meets all cuts
         for parts, stages in times.items():
             for start, stop, seconds in zip(parts, parts[1:], stages, strict=False):
-                seconds.append(gpt2.time_layers(shape, range(start, stop), args.micro_batch, dtype))
+                seconds.append(time_layers(shape, range(start, stop), args.micro_batch, dtype))
                 get_accelerator().empty_cache()
 
-    table, tokens = [], args.micro_batches * args.micro_batch * shape.n_positions
+    layers = [{"layer": n, "ms": 1000 * cost} for n, cost in zip(gpt2.layer_names(shape), costs, strict=True)]
+    table = Table(Path(args.run_dir) / "stages.json", COLUMNS, width=max(map(len, cuts.values())) + 2, layers=layers)
+    tokens = args.micro_batches * args.micro_batch * shape.n_positions
     for parts, names in cuts.items():
         stage_s = [median(seconds) for seconds in times[parts]]
         layers_s = [sum(costs[start:stop]) for start, stop in zip(parts, parts[1:], strict=False)]
-        row = {
-            "cut": names,
-            "parts": " ".join(map(str, parts)),
-            "stage_ms": gpt2.in_ms(stage_s),
-            "layers_ms": gpt2.in_ms(layers_s),
-            "slowest_by_fastest": max(stage_s) / min(stage_s),
-            "tokens_per_s": tokens / gpt2.shortest_step(stage_s, args.micro_batches),
-        }
-        table.append(row)
-        print(f"{row['cut']} | cut at {row['parts']} | stages {row['stage_ms']} ms (layers {row['layers_ms']})")
-        print(f"    slowest / fastest {row['slowest_by_fastest']:.2f} | at most {row['tokens_per_s']:.0f} tok/s")
-
-    layers = [{"layer": n, "ms": 1000 * cost} for n, cost in zip(gpt2.layer_names(shape), costs, strict=True)]
-    path = Path(args.run_dir) / "stages.json"
-    write_results(path, this_command(), layers=layers, table=table)
-    bars = {f"{row['cut']}: stage {i}": float(ms) for row in table for i, ms in enumerate(row["stage_ms"].split())}
+        row = {"case": names, "cut": names, "parts": " ".join(map(str, parts))}
+        row |= {"stage_ms": in_ms(stage_s), "layers_ms": in_ms(layers_s)}
+        row["slowest_by_fastest"] = max(stage_s) / min(stage_s)
+        row["tokens_per_s"] = tokens / shortest_step(stage_s, args.micro_batches)
+        table.add(row)
+    bars = {f"{row['cut']}: stage {i}": float(ms) for row in table.rows for i, ms in enumerate(row["stage_ms"].split())}
     title = f"{args.model}, {shape.n_layer} blocks, {args.stages} stages, one at a time"
-    plot_bars(bars, path.with_suffix(".png"), title, "ms forward and backward a micro-batch")
-    print(f"table: {show_path(path)} | plot: stages.png")
+    plot_bars(bars, table.path.with_suffix(".png"), title, "ms forward and backward a micro-batch")
+    table.close()
 
 
 if __name__ == "__main__":
