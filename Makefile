@@ -109,8 +109,9 @@ capstone: day28 FORCE  ## the whole project: prepare, train, evaluate, export, s
 # $(call tests,PYTEST FLAGS): what can run side by side on two workers, then alone what measures time or memory. Both
 # are run; "no such test" (exit code 5) is no failure unless both say so.
 WORKERS ?= 2
+SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 tests = @code() { "$$@"; last=$$?; [ $$last != 2 ] || exit 2; }; \
-    code $(BIN)/python -m pytest $(1) --serial without -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS); first=$$last; \
+    code $(BIN)/python -m pytest $(1) --serial without $(SIDE_BY_SIDE) $(ARGS); first=$$last; \
     code $(BIN)/python -m pytest $(1) --serial only $(ARGS); \
     case $$first,$$last in \
         0,0 | 0,5 | 5,0) ;; \
@@ -126,7 +127,7 @@ test-long: $(MODEL) $(SERVE)  ## the reliability tests: runs killed, files damag
 	$(call tests,-m long)
 
 test-fast: $(MODEL) $(SERVE)  ## the tests that launch nothing (seconds)
-	$(BIN)/python -m pytest -m "not launch and not gpu and not long" $(ARGS)
+	$(BIN)/python -m pytest -m "not launch and not long" --serial without $(SIDE_BY_SIDE) $(ARGS)
 
 # Where the machine has cores to spare, several days at a time share its accelerators.
 JOBS ?= $(if $(DEVICES),4,1)

@@ -247,6 +247,7 @@ def test_colours_on_a_terminal(tmp_path, capsys, monkeypatch):
     assert "\x1b[1;31merror\x1b[0m" in capsys.readouterr().out
 
 
+@pytest.mark.serial
 def test_fast_and_without_torch(tmp_path):
     """Pre-commit runs it on every commit, in projects that may have no DeepSpeed installed."""
     path = tmp_path / "x.json"
