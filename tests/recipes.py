@@ -26,8 +26,9 @@ from common.errors import UserError, clear_errors
 from tests.launch import PATH, ROOT
 from tests.record import record
 
-GPU = r"(?:\d+x?)?(?!cpu)[a-z]+\d+"
-LABELS = {"LABEL": rf"(?:\d+cpu|{GPU})", "CPU": r"\d+cpu", "GPU": GPU, "ONE": r"(?:1x?)?(?:cpu|[a-z]+\d+)"}
+GPU = r"(?:\d+x?(?!cpu)[a-z]+\d*[a-z]*|[a-z]\d{2,3}[a-z]*)"  # 2xh200, 6gpu, h100
+ONE = r"(?:1x?[a-z]+\d*[a-z]*|[a-z]\d{2,3}[a-z]*)"  # 1cpu, 1xh200, h100
+LABELS = {"LABEL": rf"(?:\d+cpu|{GPU})", "CPU": r"\d+cpu", "GPU": GPU, "ONE": ONE}
 PLACE = re.compile(r"(?<=_)(?:LABEL|CPU|GPU|ONE)(?=\.)")  # where a file's name has its label
 
 
@@ -108,6 +109,8 @@ def make(day: str, recipe: Recipe) -> None:
 
 def chosen(day: str, files: list[str], label: str | None) -> list[Recipe]:
     """The recipes of `files`, each for the machine in its name, or without files all for the machine `label`."""
+    if label and not re.fullmatch(LABELS["LABEL"], label):
+        raise UserError(f"--label {label!r} names no machine: 2cpu is two CPU ranks, 4xh200 four GPUs, h100 one")
     if not files:
         if not label:
             raise UserError("which machine is this? --label 2cpu names two CPU ranks, 4xh200 four GPUs")

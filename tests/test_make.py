@@ -189,7 +189,7 @@ def test_a_terminal_stays_one(env_of_fakes):
 def test_accelerators_are_counted_when_a_program_starts_and_not_before(env_of_fakes):
     path = f"{env_of_fakes}/smi:{os.defpath}"
     other = program(env_of_fakes / "smi/xpu-smi", "#!/bin/bash\n")  # of another make: DeepSpeed is asked, and says 6
-    for target, launched in (("day05", "--num_accelerators 6 "), ("results", " 6gpu 6 ")):
+    for target, launched in (("day05", "--num_accelerators 6 "), ("results", "--label 6gpu")):
         assert launched in run("make", "-n", target, f"VENV={env_of_fakes}", PATH=path, DEVICES="6").stdout
     other.unlink()
     asked = env_of_fakes / "asked"

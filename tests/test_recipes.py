@@ -51,6 +51,7 @@ def test_a_recipe_is_for_a_machine():
     assert here.files == {"a_4xh200.json": None, "b_1xh200.json": "b.json"}
     assert here.commands == ["deepspeed --num_accelerators 4 x.py 4xh200"]
     assert recipe.on("h100").commands == ["deepspeed --num_accelerators 1 x.py h100"]
+    assert recipe.on("6gpu").files == {"a_6gpu.json": None, "b_1gpu.json": "b.json"}
     for name, labels in (("c_CPU.json", ["2cpu"]), ("c_GPU.json", ["2xh100", "h200"]), ("c_h200.json", ["h200"])):
         assert [label for label in ("2cpu", "2xh100", "h200") if Recipe({name: None}, ["x"]).on(label)] == labels
 
@@ -106,6 +107,7 @@ def test_a_recipe_that_breaks_does_not_end_the_others(day, monkeypatch):
         (["day99", "none_2cpu.json"], "day99/recipes.txt has no recipe for 'none_2cpu.json'"),
         (["day98"], "'day98' is no day with a recipes.txt"),
         (["day99"], "which machine is this?"),
+        (["day99", "--label", "my machine"], "--label 'my machine' names no machine"),
         (["day99", "run_4xh200.json"], "has no recipe for 'run_4xh200.json'"),
     ],
 )
