@@ -113,7 +113,7 @@ def test_stages_1_and_2_send_as_little_as_data_parallelism_when_told_to(variants
     """By default 3 units, measured above: an all-reduce and the weights. Reduced to its owner a gradient costs 1."""
     assert variants["to_the_owner_1"] == variants["to_the_owner_2"] == pytest.approx(2, rel=0.01)
     for page in both_pages():
-        assert "| 2 + 1 = 3 |" in page and "`use_multi_rank_bucket_allreduce`" in page
+        assert "| 2 + 1 = 3 |" in page and "`use_multi_rank_bucket_allreduce: false`" in page
 
 
 @pytest.mark.launch

@@ -1,6 +1,7 @@
 """Day 11: each precision trains like fp32 within its band, skipped steps change nothing, the traps are still there."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -182,11 +183,12 @@ def test_bf16_without_zero_makes_its_first_steps_too_short(probes):
             assert ours / right == pytest.approx(first / second**0.5, abs=2e-3), f"step {t}: {FIXED}"
     zero0, zero1 = probes["updates"][0]
     shares = [ours / right for ours, right in zip(zero0, zero1, strict=True)]
-    assert [f"{share:.3f}" for share in shares[:3]] == ["0.744", "0.859", "0.910"]
+    assert [f"{share:.3f}" for share in shares[:3]] == ["0.744", "0.858", "0.910"]
     assert shares[9] == pytest.approx(0.995, abs=1e-3) and shares[11] == pytest.approx(1, abs=2e-3)
     for day in ("day07", "day11"):
         for name in ("notes.md", "notes.zh.md"):
-            assert "0.744" in (ROOT / day / name).read_text(), f"{day}/{name} does not say how wrong"
+            page = (ROOT / day / name).read_text()
+            assert re.search("0.744.*0.858.*0.910", page), f"{day}/{name} does not say how wrong"
 
 
 @pytest.mark.launch
