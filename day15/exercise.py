@@ -121,7 +121,7 @@ def check_pipeline(specs: list[LayerSpec]) -> None:
     for number, layer in enumerate(whole):
         try:
             x = layer(x)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
             said = str(error).splitlines()[0]
             raise UserError(
                 f"not yet: layer {number}, {layer}, cannot take what the one before gives: {said}"

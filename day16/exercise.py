@@ -101,7 +101,7 @@ def check_layers(specs: list[LayerSpec]) -> None:
         layer, forward_fn = spec.build(), getattr(spec, "forward_fn", None)
         try:
             x = forward_fn(layer, x) if forward_fn else layer(x)
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             how = "forward_fn(layer, x)" if forward_fn else "called as layer(x), for it has no forward_fn,"
             raise UserError(f"not yet: TODO 1, layer {number}, {how} raises {str(error).splitlines()[0]}") from error
     loss_fn = lambda logits, labels: torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())  # noqa: E731

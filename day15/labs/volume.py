@@ -86,7 +86,7 @@ def main() -> None:
     table = []
     for way, elements in volume(preset, psi, gathers, args.ranks, m / args.ranks, args.global_batch).items():
         table.append({"way": way, "sent_bytes": round(elements * args.element_bytes)})
-        print(f"{way:19} | {elements * args.element_bytes / 1e9:8.2f} GB a rank and step")
+        print(f"{way:19} | {elements * args.element_bytes / 1e9:8.2f} GB per rank and step")
     facts = {"parameters": psi, "zero3_gathers": gathers}
     write_results(Path(args.run_dir) / "volume.json", this_command(), **facts, table=table)
 
