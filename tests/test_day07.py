@@ -243,7 +243,7 @@ import torch.distributed as dist
 from day07.exercise import check, clear_errors
 from day07.solution import count_parameters, set_weight, std_of, whole_state_dict
 
-bench.judge.ALARM_S = 8.0
+bench.judge.ALARM_S = SECONDS
 
 def forgets_no_grad(weight, values):
     with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
@@ -262,18 +262,24 @@ with clear_errors():
 
 @pytest.mark.launch
 @pytest.mark.parametrize(
-    ("std_of", "set_weight", "sentence"),
+    ("answers", "sentence"),
     [
         (
-            "std_of",
-            "forgets_no_grad",
-            "not yet: rank 0 writes into a weight that requires grad: copy_ the values",
+            {"STD_OF": "std_of", "SET_WEIGHT": "forgets_no_grad", "SECONDS": "60"},
+            "not yet: rank 0 writes into a weight that requires grad: copy_ the values under torch.no_grad()",
         ),
-        ("gathers_on_rank_0", "set_weight", "not yet: no end after 8 s. A gather and an all_reduce need all ranks"),
+        (
+            {"STD_OF": "gathers_on_rank_0", "SET_WEIGHT": "set_weight", "SECONDS": "8"},
+            "not yet: no end after 8 s. A gather and an all_reduce need all ranks",
+        ),
     ],
+    ids=["no_grad", "rank_0"],
 )
-def test_wrong_answers_of_the_exercise_get_one_sentence(std_of, set_weight, sentence, tmp_path):
-    (tmp_path / "answers.py").write_text(ANSWERS.replace("STD_OF", std_of).replace("SET_WEIGHT", set_weight))
+def test_wrong_answers_of_the_exercise_get_one_sentence(answers, sentence, tmp_path):
+    text = ANSWERS
+    for word, answer in answers.items():
+        text = text.replace(word, answer)
+    (tmp_path / "answers.py").write_text(text)
     run = run_ranks(tmp_path / "answers.py", ranks=2, check=False)
     assert run.code != 0 and error_line(run).startswith(sentence)
 
