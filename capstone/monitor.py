@@ -94,6 +94,8 @@ def memory(device: torch.device, ranks_here: int) -> tuple[int, int]:
 class Monitor(RunLog):
     """The log of a run that goes on after step `start`, where an earlier process may have left off. Collective."""
 
+    stops_at_nan = False  # training.py looks at the weights: one bad batch that ZeRO has skipped ends no long run
+
     def __init__(self, config: Config, engine: DeepSpeedEngine, start: int, tokens_a_step: int, flops: float) -> None:
         self.config, self.engine, self.tokens_a_step = config, engine, tokens_a_step
         peak = peak_flops(engine.device)

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -43,11 +44,19 @@ BATCH_CHARS = 2**18  # that are tokenized at a time: a worker's memory is this, 
 # --- sources ---
 
 
-def open_sources(config: Config) -> list[tuple[dict, object]]:
-    """Return ({name, sha256, bytes} or {name, fingerprint, rows}, path or data set) of each, folders file by file."""
+def open_sources(config: Config, manifest: dict | None = None) -> list[tuple[dict, object]]:
+    """Return ({name, sha256, bytes} or {name, fingerprint, rows}, path or data set) of each, folders file by file.
+
+    With the `manifest` of what was made of them, a file that is older is not read again, and one that has gone since
+    need not be there: the facts are the manifest's.
+    """
     found, left_out = [], Counter()
     for name in config.data.sources:
         path = ROOT / name
+        if manifest and (gone := facts_of_gone(name, path, manifest["sources"])):
+            print0(f"prepare: {name} is not here any more; {show_path(config.data_path)} was made of it and is whole")
+            found += [(facts, None) for facts in gone]
+            continue
         if name.startswith("hf:") or any((path / mark).exists() for mark in SAVED):
             data = open_dataset(name, path, config.data.text_key)
             found.append(({"name": name, "fingerprint": data._fingerprint, "rows": len(data)}, data))
@@ -58,12 +67,29 @@ def open_sources(config: Config) -> list[tuple[dict, object]]:
         if not known:
             raise UserError(f"data.sources: {name!r} is no file and no folder with {', '.join((*PLAIN, *ROWS))} in it")
         for file in known:
-            facts = {"name": show_path(file), "sha256": sha256(file), "bytes": file.stat().st_size}
+            facts = facts_of_file(file, manifest, config.data_path / MANIFEST)
             in_lines = kind_of(file) in (".jsonl", *PLAIN)  # read line by line here; the others are the library's
             found.append((facts, file if in_lines else open_rows(file, config.data.text_key, config.data.encoding)))
     if left_out:
         print0(f"left out: {', '.join(f'{count} {kind} file(s)' for kind, count in sorted(left_out.items()))}")
     return found
+
+
+def facts_of_gone(name: str, path: Path, made_of: list[dict]) -> list[dict]:
+    """What the manifest says of a source that is not there; nothing for one that is, or that is not in it."""
+    if path.exists() or name.startswith("hf:"):
+        return []
+    mine = (name, show_path(path))
+    return [facts for facts in made_of if facts["name"] in mine or facts["name"].startswith(f"{mine[1]}/")]
+
+
+def facts_of_file(file: Path, manifest: dict | None, made: Path) -> dict:
+    """Name, SHA-256 and size; the manifest's own where the file has that size and is older than it."""
+    name, now = show_path(file), file.stat()
+    known = [facts for facts in manifest["sources"] if facts["name"] == name] if manifest else []
+    if known and known[0].get("bytes") == now.st_size and now.st_mtime < made.stat().st_mtime:
+        return known[0]
+    return {"name": name, "sha256": sha256(file), "bytes": now.st_size}
 
 
 def open_rows(file: Path, text_key: str, encoding: str | None):
@@ -251,10 +277,12 @@ def progress(total: int, unit: str, what: str) -> tqdm:
 def prepare(config: Config) -> dict:
     """Return the manifest of the config's data, made first where it is not there. One process a machine works."""
     folder = config.data_path
-    folder.parent.mkdir(parents=True, exist_ok=True)
     was_there = (folder / MANIFEST).exists()  # else another rank made it while this one waited, and said so
-    with FileLock(f"{folder}.lock"):
-        sources, tokenizer = open_sources(config), load_tokenizer(config.tokenizer.name)
+    if not was_there:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with nullcontext() if was_there else FileLock(f"{folder}.lock"):  # what is whole needs no lock, nor to be writable
+        manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
+        sources, tokenizer = open_sources(config, manifest), load_tokenizer(config.tokenizer.name)
         plan = {
             "config": {
                 "data": config.data.model_dump(exclude={"folder", "workers", "sources"}),
@@ -264,7 +292,6 @@ def prepare(config: Config) -> dict:
             "tokenizer_sha256": fingerprint(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id),
         }
         work = folder / "work"
-        manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
         begun = json.loads((work / "plan.json").read_text()) if (work / "plan.json").exists() else None
         if earlier := manifest or begun:
             refuse_other(plan, earlier, folder)

@@ -228,6 +228,8 @@ def join(config: Config, facts: dict[str, Any]) -> FileLock:
         problem = str(error)
     except Timeout:
         problem = f"{show_path(config.run_path)} is being trained already"
+    except OSError as error:
+        problem = f"{show_path(config.run_path)}: {error.strerror}: name a run_dir that can be written"
     if problem := from_all_ranks(problem)[0]:
         raise UserError(problem)
     return lock

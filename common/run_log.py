@@ -46,6 +46,8 @@ class RunLog:
     metrics.jsonl has the same values; a terminal gets a progress bar beside them.
     """
 
+    stops_at_nan = True
+
     def __init__(self, run_dir: str, num_steps: int, log_every: int, device: torch.device) -> None:
         if num_steps < 1 or log_every < 1:
             raise UserError(f"--steps {num_steps} and --log_every {log_every}: both must be at least 1")
@@ -76,7 +78,7 @@ class RunLog:
         memory_gib = over_ranks(peak_memory_gib(self.device), self.device, "max")
         self._line(f"step {step:4d} | loss {mean_loss:.6f} | {tokens_per_s:.0f} tok/s | {memory_gib:.2f} GiB")
         self.record(step=step, loss=mean_loss, tokens_per_s=tokens_per_s, memory_gib=memory_gib, **more)
-        if not math.isfinite(mean_loss):  # the same value on every rank, so all stop
+        if self.stops_at_nan and not math.isfinite(mean_loss):  # the same value on every rank, so all stop
             raise UserError(f"loss {mean_loss} at step {step}, stopped: a lower lr, bf16, a look at the data (day 11)")
         self.tokens, self.since = 0, time.perf_counter()
 

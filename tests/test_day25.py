@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -24,12 +25,13 @@ from capstone import text as tx
 from capstone.config import ROOT, Config, as_yaml, load_config
 from capstone.data import Blocks, Tokens, load_blocks, open_tokens, train_batches
 from common.data import load_tokenizer
-from common.errors import UserError
+from common.errors import UserError, clear_errors
 from common.model import build_model
 from config.plan import gpt2_model
 from day17.checkpoints import problem_with, read_manifest
+from day25 import exercise, solution
 from day25.labs.budget import budget
-from tests.launch import error_line, run_day, run_plain, run_ranks
+from tests.launch import SMALL_CORPUS, error_line, run_day, run_ranks, run_warm
 
 WORDS = ["whale", "ship", "sea", "captain", "harpoon", "sail", "wind", "night", "deck", "water", "crew", "storm"]
 
@@ -388,6 +390,61 @@ def test_other_settings_or_sources_are_refused(prepared, corpus, tmp_path):
     prep.prepare(config_of(folder, *settings, "data.workers=1"))  # which the output does not depend on
 
 
+def test_what_is_prepared_needs_its_sources_no_more(tmp_path, monkeypatch, capsys):
+    """Another machine has the shards alone: it trains. Files that are there and older are not hashed again."""
+    source = write_lines(tmp_path / "in.jsonl", [some_text(seed) for seed in range(40)])
+    config = config_of(tmp_path / "data", f"data.sources=[{source}]", "data.held_out_share=0.3", "data.workers=1")
+    manifest = prep.prepare(config)
+    os.utime(source, (1, 1))
+    monkeypatch.setattr(prep, "sha256", lambda path: pytest.fail(f"{path} is read again"))
+    assert prep.prepare(config) == manifest
+    monkeypatch.undo()
+    write_lines(source, [some_text(seed + 1) for seed in range(40)])
+    with pytest.raises(UserError, match="data.sources other files or contents"):
+        prep.prepare(config)
+    source.unlink()
+    (tmp_path / "data.lock").unlink(missing_ok=True)
+    capsys.readouterr()
+    assert prep.prepare(config) == manifest and not (tmp_path / "data.lock").exists()  # where nothing can be written
+    assert "in.jsonl is not here any more" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is no file and no folder"):
+        prep.prepare(config_of(tmp_path / "data", "data.sources=[never_was.jsonl]"))
+
+
+def test_a_folder_that_cannot_be_written_gets_one_sentence(capsys):
+    for error, said in (
+        (None, r"\[Errno 20\] Not a directory"),  # below a file: what even root cannot write
+        (OSError(30, "Read-only file system", "runs"), r"\[Errno 30\] Read-only file system: 'runs'"),
+    ):
+        with pytest.raises(SystemExit), clear_errors():
+            if error:
+                raise error
+            prep.prepare(load_config(overrides=["run_dir=README.md/run"]))
+        assert re.search(said + ".* -> name a folder that can be written: --run_dir", capsys.readouterr().err)
+
+
+def wrong(answer):
+    return lambda *arguments: answer() if callable(answer) else answer
+
+
+@pytest.mark.parametrize(
+    ("number", "answer", "sentence"),
+    [
+        (0, "test", 'split_of returned \'test\', want "train" or "held_out"'),
+        (1, None, '`if not math.isclose(found := bits_per_byte(3 * math.log(2), "abc"), 1):` ended with TypeError'),
+        (2, lambda: Path("not there").read_bytes(), "ended with FileNotFoundError"),
+    ],
+)
+def test_the_exercise_says_what_is_wrong(number, answer, sentence, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("sys.argv", ["exercise.py"])
+    answers = [solution.split_of, solution.bits_per_byte, solution.problem_with]
+    answers[number] = wrong(answer)
+    with pytest.raises(UserError, match="^not yet: ") as caught:
+        exercise.check(*answers)
+    assert sentence in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -462,7 +519,7 @@ def test_perplexity_and_bits_a_byte_by_hand(tmp_path):
     tokens = Tokens.__new__(Tokens)
     tokens.shards, tokens.eos = [np.array([0, 1, 1, 0], np.uint16), np.array([2, 2, 0, 1], np.uint16)], 0
     tokens.ends, tokens.facts = np.array([4, 8]), {"tokens": 8, "text_bytes": 20}
-    found = ev.perplexity(model, Blocks(tokens, 4), torch.device("cpu"), max_blocks=9, batch_size=1)
+    found = ev.perplexity(model, Blocks(tokens, 4), torch.device("cpu"), max_blocks=9, micro_batch=1)
     # block 0: 0->1, 1->1, 1->0; block 1: 2->2, 2->0, 0->1. The first token of a block has nothing before it.
     nats = -sum(map(math.log, (0.25, 0.75, 0.125, 0.5, 0.25, 0.25))) / 6
     assert found["tokens"] == 6 and found["nats_per_token"] == pytest.approx(nats, rel=1e-6)
@@ -515,7 +572,7 @@ def test_choices_tell_a_model_that_knows_the_text_from_one_that_does_not(prepare
 
 # --- the whole way ---
 
-SMALL = ["evaluate.items=40", "evaluate.max_blocks=64", "evaluate.sample_tokens=5", "train.eval_every=20"]
+SMALL = ["evaluate.items=20", "evaluate.max_blocks=64", "evaluate.sample_tokens=5"]
 SMALL += ["data.sources=[data/moby_dick.jsonl.xz]", "data.held_out_share=0.1"]
 SMALL += ["deepspeed.train_micro_batch_size_per_gpu=16"]  # too large for two ranks: train.global_batch 16 halves it
 
@@ -523,21 +580,21 @@ SMALL += ["deepspeed.train_micro_batch_size_per_gpu=16"]  # too large for two ra
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("end_to_end") / "run"
-    return run_dir, run_day("day25/train.py", "--run_dir", run_dir, "--steps", 20, "--log_every", 10, *SMALL)
+    return run_dir, run_day("day25/train.py", "--run_dir", run_dir, "--steps", 12, "--log_every", 6, *SMALL)
 
 
 @pytest.mark.launch
 def test_from_text_to_an_evaluated_model(trained):
     run_dir, run = trained
     assert "prepare: 138 documents read" in run.stdout and "zero stage 1 | batch 16 | cpu" in run.stdout
-    assert list(run.losses) == [1, 10, 20] and run.losses[20] < run.losses[1] - 1
+    assert list(run.losses) == [1, 6, 12] and run.losses[12] < run.losses[1] - 0.5
     report = json.loads((run_dir / "evaluation.json").read_text())
     held_out = report["held_out"]
-    assert held_out["nats_per_token"] == pytest.approx(run.held_out[20], abs=1e-4)  # the same blocks, from the folder
+    assert held_out["nats_per_token"] == pytest.approx(run.held_out[12], abs=1e-4)  # the same blocks, from the folder
     assert 2 < held_out["bits_per_byte"] < 4 and len(report["samples"]) == 2
     assert [row["score"] for row in report["multiple_choice"]] == ["a byte", "gain"]
     config = load_config(run_dir / "config.yaml")
-    assert config.train.steps == 20 and config.evaluate.items == 40
+    assert config.train.steps == 12 and config.evaluate.items == 20
     assert problem_with(run_dir / "data") is None
     facts = json.loads((run_dir / "model/training.json").read_text())
     assert facts["data"] == read_manifest(run_dir / "data")["fingerprint"] and facts["ranks"] == 2
@@ -553,14 +610,14 @@ def test_the_same_command_again_skips_each_stage_and_another_is_refused(trained,
     assert json.loads((run_dir / "evaluation_older.json").read_text())["model"].endswith("older")
     assert json.loads((run_dir / "evaluation.json").read_text())["model"].endswith("model")
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.name in ("model", "evaluation.json")}
-    flags = ["--run_dir", run_dir, "--log_every", 10, *SMALL]
-    again = run_ranks("day25/train.py", "--steps", 20, *flags, ranks=2)
+    flags = ["--run_dir", run_dir, "--log_every", 6, *SMALL]
+    again = run_ranks("day25/train.py", "--steps", 12, *flags, ranks=2)
     assert again.stdout.count("done already") == 3 and not again.losses
     assert [line for line in again.stdout.splitlines() if line.startswith("multiple choice")] == [
         line for line in run.stdout.splitlines() if line.startswith("multiple choice")
     ]
     assert before == {path: path.stat().st_mtime_ns for path in before}
-    other = run_ranks("day25/train.py", "--steps", 21, *flags, ranks=1, check=False)
+    other = run_ranks("day25/train.py", "--steps", 13, *flags, ranks=1, check=False)
     assert error_line(other).endswith("was trained with other settings (train, ranks): name another run_dir")
     lean = run_ranks("day25/train.py", *flags, "model.code=lean", check=False)
     assert "this program trains transformers' GPT-2 as it is" in error_line(lean)
@@ -569,7 +626,7 @@ def test_the_same_command_again_skips_each_stage_and_another_is_refused(trained,
 @pytest.mark.launch
 def test_evaluate_takes_a_folder_of_checkpoints(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # which load_safely sets, and monkeypatch takes back
-    run_ranks("day17/train.py", "--steps", 2, "--corpus", "moby_dick", "--run_dir", tmp_path)
+    run_ranks("day17/train.py", "--steps", 2, "--corpus", SMALL_CORPUS, "--run_dir", tmp_path)
     config = load_config(trained[0] / "config.yaml")
     model = ev.load_model(tmp_path / "checkpoints", config)
     blocks = load_blocks(config, "held_out", 128)
@@ -581,8 +638,8 @@ def test_evaluate_takes_a_folder_of_checkpoints(trained, tmp_path, monkeypatch):
 
 @pytest.mark.launch
 def test_the_budget_is_the_arithmetic_of_the_config(tmp_path):
-    run = run_plain("day25/labs/budget.py", "--config", "capstone/configs/gpt2.yaml", "--gpus", 8, "--price", 2,
-                    "--run_dir", tmp_path)  # fmt: skip
+    run = run_warm("day25/labs/budget.py", "--config", "capstone/configs/gpt2.yaml", "--gpus", 8, "--price", 2,
+                   "--run_dir", tmp_path)  # fmt: skip
     rows = json.loads((tmp_path / "budget.json").read_text())["by_name"]
     psi = gpt2_model("gpt2").num_params
     assert rows["tokens wanted"] == pytest.approx(20 * psi / 1e9) and rows["one checkpoint"] == pytest.approx(
@@ -605,6 +662,6 @@ def test_the_budget_is_the_arithmetic_of_the_config(tmp_path):
 
 @pytest.mark.launch
 def test_stream_measures_every_length(tmp_path):
-    run_plain("day25/labs/stream.py", "--copies", 1, "--shipped", "moby_dick", "--run_dir", tmp_path)
+    run_warm("day25/labs/stream.py", "--copies", 1, "--shipped", "moby_dick", "--run_dir", tmp_path)
     (row,) = json.loads((tmp_path / "stream.json").read_text())["table"]
     assert row["text_bytes"] > 1.1e6 and row["tokens"] > 3e5 and 1e8 < row["peak_bytes"] < 2e9

@@ -1,7 +1,9 @@
 """Day 26: one command trains, resumes, says done; kills, signals and other ranks change nothing; it can be watched."""
 
 import argparse
+import inspect
 import json
+import math
 import random
 import re
 import shutil
@@ -14,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from deepspeed import DeepSpeedEngine
 from filelock import FileLock
 from prometheus_client.parser import text_string_to_metric_families
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -29,8 +32,9 @@ from capstone.training import changed, facts_of
 from common.errors import UserError
 from common.run_log import read_rows
 from day17 import checkpoints as ckpt
+from day26 import exercise, solution
 from day26.labs import kill_test
-from tests.launch import error_line, run_day, run_plain, run_ranks, run_warm, start_ranks
+from tests.launch import error_line, run_day, run_ranks, run_warm, start_ranks
 
 STEPS = 12
 SETTINGS = [*kill_test.SMALL, "train.eval_every=2", f"deepspeed.scheduler.params.total_num_steps={STEPS}"]
@@ -194,6 +198,34 @@ def test_a_gauge_appears_with_its_first_value_and_on_its_ranks():
     assert all(f"`{name}{'_total' if name in COUNTERS else ''}`" in notes for name in METRICS)
 
 
+@pytest.mark.parametrize("page", ["notes.md", "notes.zh.md"])
+def test_what_deepspeed_draws_by_itself_is_what_the_notes_say(page):
+    drawn = set(re.findall(r'"Train/Samples/(\w+)"', inspect.getsource(DeepSpeedEngine)))
+    assert {name for name in drawn if not name.startswith("elapsed_time")} == {"lr", "loss_scale"}
+    (line,) = re.findall(r"^- \*\*TensorBoard\*\*.*", (ROOT / "day26" / page).read_text(), re.M)
+    assert "fp16" in line and "loss scale" in line and "wall_clock_breakdown" in line
+
+
+@pytest.mark.parametrize(
+    ("number", "answer", "sentence"),
+    [
+        (0, (4, 2), "share_out(16, 8, 2) is (4, 2), want (8, 1)"),
+        (1, None, "ended with TypeError"),
+        (1, [0, 1], "step 1 on 1 ranks reads [0, 1], want 0 to 15"),
+        (2, "training_step 40\ntraining_loss NaN\n", 'each line wants the label rank="1"'),
+        (2, 'training_step{rank="1"} 40\ntraining_loss{rank="1"} NaN', "the last line wants a newline"),
+    ],
+)
+def test_the_exercise_says_what_is_wrong(number, answer, sentence, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("sys.argv", ["exercise.py"])
+    answers = [solution.share_out, solution.sequences, solution.exposition]
+    answers[number] = lambda *arguments: answer
+    with pytest.raises(UserError, match="^not yet: ") as caught:
+        exercise.check(*answers)
+    assert sentence in str(caught.value)
+
+
 # --- the order of the data ---
 
 
@@ -233,6 +265,21 @@ def test_what_makes_another_run_and_what_does_not():
     assert changed(facts_of(load_config(), "one", 2), facts_of(load_config(), "other", 2)) == ["data"]
 
 
+@pytest.mark.launch
+def test_weights_that_are_nan_end_the_run_and_are_not_saved(peace, tmp_path):
+    """One batch makes them NaN at ZeRO-0, where nobody looks; stage 1 skips the step and trains on (day 27's table)."""
+    for stage in (0, 1):
+        run = begin(peace, tmp_path / f"stage{stage}")
+        more = [f"deepspeed.zero_optimization.stage={stage}", "train.log_every=4", "train.steps=6"]
+        out = run_ranks("tests/one_bad_batch.py", *flags(run, *more), ranks=2, check=False)
+        kept = [path.name for path in ckpt.checkpoints(run / "checkpoints")]
+        if stage:
+            assert out.code == 0 and kept[0] == "step000006" and math.isnan(out.losses[4]), out.stderr[-2000:]
+        else:
+            assert "the held-out loss is nan at step 4: not saved" in error_line(out) and out.code == 1
+            assert kept == ["step000003"] and not (run / "model").exists()
+
+
 # --- bad input ---
 
 
@@ -261,7 +308,7 @@ def test_errors_of_a_start_are_one_sentence_each(peace, tmp_path):
         port = taken.getsockname()[1]
         busy = run_ranks("day26/train.py", *flags(run, f"monitor.port={port}"), check=False)
     assert busy.code == 1 and f"monitor.port {port}: rank 0 cannot listen at {port}" in error_line(busy)
-    plain = run_plain("capstone/train.py", *SETTINGS, check=False)  # started as a file, without a launcher
+    plain = run_warm("capstone/train.py", *SETTINGS, check=False)  # started as a file, without a launcher
     assert plain.code == 1 and "started without a launcher" in error_line(plain)
 
 
@@ -356,7 +403,7 @@ def test_killed_ten_times_in_all_stages_runs_end_the_same(peace, tmp_path, warm_
 @pytest.mark.long
 @pytest.mark.launch
 def test_the_program_that_kills_says_so(tmp_path):
-    run = run_plain("day26/labs/kill_test.py", "--kills", 1, "--run_dir", tmp_path)
+    run = run_warm("day26/labs/kill_test.py", "--kills", 1, "--run_dir", tmp_path)
     assert "kill  1 | run 1 | start    |" in run.stdout
     assert (
         "1 runs, 1 kills, run to the end: weights the same | data the same | loss curve the same | evaluation the same"
@@ -400,7 +447,7 @@ def test_the_lean_model_trains_and_becomes_a_transformers_folder(peace, tmp_path
 @pytest.mark.long
 @pytest.mark.launch
 def test_the_program_that_compares_speeds_trains_the_same_thing_twice(tmp_path):
-    run = run_plain("day26/labs/speed.py", "--turns", 1, "--steps", 12, "--log_every", 4, "--run_dir", tmp_path)
+    run = run_warm("day26/labs/speed.py", "--turns", 1, "--steps", 12, "--log_every", 4, "--run_dir", tmp_path)
     assert "capstone / day 12 = " in run.stdout
     found = json.loads((tmp_path / "speed.json").read_text())
     assert [len(row["turns"][0]) for row in found["table"]] == [2, 2]  # steps 8 and 12; 1 and 4 are warm-up

@@ -1,548 +1,28 @@
-"""Day 28: the export is the model, everybody gets the right status code, the page works, deployments are valid."""
+"""Day 28: one command from text to an answered request, killed anywhere; what answers cost; the milestones."""
 
-import asyncio
 import json
-import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
-from collections import Counter
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
-import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from capstone import export as ex
-from capstone.config import ROOT, as_yaml, load_config
-from capstone.data import load_blocks
-from capstone.evaluate import evaluate
-from capstone.prepare import prepare
-from common.data import load_tokenizer
+from bench.world import command_of, kill_all, process_tree
 from common.errors import UserError
-from common.model import build_model
-from day17.checkpoints import problem_with, read_manifest
-from day26.labs.kill_test import kill, safe_cmdline, tree
-from tests.launch import DEEPSPEED, PATH, free_port, run_day, run_ranks
-
-NEEDS = "day 28's packages are not here: pip install -r day28/requirements.txt"
-for package in ("fastapi", "openai", "limits", "selenium", "kubernetes_validate", "compose_spec"):
-    pytest.importorskip(package, reason=NEEDS)
-
-import httpx2
-from starlette.applications import Starlette
-from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from starlette.routing import Route
-
-import capstone.serve.__main__ as serving
-import day28.labs.load as loading
-from capstone.serve.client import chat, is_ready, running_server
-from capstone.serve.gateway import Gateway, Limits
+from day17.checkpoints import problem_with
+from day28 import exercise, solution
 from day28.labs import cost
 from day28.labs.cost import hours_per_million, machines_for
-from day28.labs.screenshot import By, WebDriverWait, give_key, open_browser, say
-
-KEY, DEPLOY = "a-key-for-tests-0123456789", ROOT / "capstone/deploy"
-
-
-# --- export ---
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run as training leaves it, with fresh weights: config, data, model, evaluation."""
-    folder = tmp_path_factory.mktemp("day28") / "run"
-    settings = ["data.sources=[data/moby_dick.jsonl.xz]", "evaluate.items=8", "evaluate.max_blocks=4"]
-    config = load_config(overrides=[f"run_dir={folder}", "data.workers=1", "evaluate.sample_tokens=4", *settings])
-    manifest, tokenizer = prepare(config), load_tokenizer("bpe4096")
-    (folder / "config.yaml").write_text(as_yaml(config))
-    torch.manual_seed(28)
-    model = build_model("tiny", len(tokenizer), tokenizer.eos_token_id)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "model/training.json").write_text(json.dumps({"data": manifest["fingerprint"], "ranks": 2}))
-    report = evaluate(model, config, torch.device("cpu"))
-    (folder / "evaluation.json").write_text(json.dumps(report))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported(run):
-    ex.export(run, run / "export")
-    return run / "export"
-
-
-def test_the_export_is_the_runs_model(run, exported):
-    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (run / "model", exported))
-    blocks = load_blocks(load_config(run / "config.yaml"), "held_out", 128)
-    ids = torch.stack([blocks[number]["input_ids"] for number in range(4)])
-    with torch.no_grad():
-        assert torch.equal(before(input_ids=ids).logits, after(input_ids=ids).logits)
-    assert after.config.use_cache and not before.config.use_cache  # generation without it starts anew at each token
-    assert {path.suffix for path in exported.iterdir()} == {".safetensors", ".json", ".jinja", ".md"}  # no pickles
-    assert all(path.stat().st_mode & 0o044 == 0o044 for path in exported.iterdir())  # the server is another user
-    tokenizer = AutoTokenizer.from_pretrained(exported)
-    assert tokenizer.model_max_length == 128
-    said = [("user", "The whale"), ("assistant", " swam"), ("user", "The ship")]
-    said = [{"role": role, "content": content} for role, content in said]
-    assert tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True) == "The whale swam\nThe ship"
-
-
-def test_the_export_says_where_it_comes_from(run, exported):
-    facts, manifest = json.loads((exported / "provenance.json").read_text()), read_manifest(run / "data")
-    assert facts["data"]["fingerprint"] == manifest["fingerprint"] and facts["data"]["sources"] == manifest["sources"]
-    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?|unknown", facts["code"])
-    assert facts["config"] == load_config(run / "config.yaml").model_dump() and "torch" in facts["versions"]
-    card = ex.ModelCard.load(exported / "README.md")
-    measured = json.loads((run / "evaluation.json").read_text())["held_out"]
-    assert [round(r.metric_value, 2) for r in card.data.eval_results][0] == round(measured["perplexity"], 2)
-    assert f"| bits a byte | {measured['bits_per_byte']:.4f} |" in card.text and manifest["fingerprint"] in card.text
-    assert yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0]) == facts["config"]
-
-
-def test_a_second_export_does_nothing_and_another_model_is_refused(run, exported, tmp_path, capsys):
-    before = {path.name: path.stat().st_ino for path in exported.iterdir()}
-    ex.export(run, exported)
-    assert "done already" in capsys.readouterr().out
-    assert before == {path.name: path.stat().st_ino for path in exported.iterdir()}
-    other = shutil.copytree(run, tmp_path / "run")
-    report = json.loads((other / "evaluation.json").read_text())
-    report["held_out"]["perplexity"] += 1
-    (other / "evaluation.json").write_text(json.dumps(report))
-    with pytest.raises(UserError, match="holds another model or other figures"):
-        ex.export(other, other / "export")
-    weights = other / "export/model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    with pytest.raises(UserError, match="model.safetensors has another SHA-256"):
-        ex.export(other, other / "export")
-    (other / "evaluation.json").write_text(json.dumps(report | {"data_manifest_sha256": "0"}))
-    with pytest.raises(UserError, match="was measured on other data"):
-        ex.export(other, tmp_path / "new")
-    (other / "evaluation.json").unlink()
-    with pytest.raises(UserError, match="has no evaluation.json: python -m capstone.evaluate"):
-        ex.export(other, tmp_path / "new")
-    with pytest.raises(UserError, match="it is no run of the capstone"):
-        ex.export(tmp_path / "nothing", tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-
-
-# --- the gateway, before a model server that is made up ---
-
-
-class Fake:
-    """A model server that answers at once, when told, or wrongly."""
-
-    def __init__(self) -> None:
-        self.how, self.asked, self.go = "well", [], asyncio.Event()
-        self.app = Starlette(
-            routes=[Route("/health", self.health), Route("/v1/chat/completions", self.chat, methods=["POST"])]
-        )
-
-    async def health(self, request):
-        return PlainTextResponse("ok", 500 if self.how == "down" else 200)
-
-    async def chat(self, request):
-        self.asked.append(json.loads(await request.body()))
-        if self.how == "broken":
-            return PlainTextResponse("Internal Server Error", 500)
-        if self.how == "slow":
-            await self.go.wait()
-        if not self.asked[-1]["stream"]:
-            return JSONResponse({"model": "/secret/path@main", "choices": [{"message": {"content": "hello"}}]})
-
-        async def events():
-            for word in ("a", "b"):
-                event = {"model": "/secret/path@main", "choices": [{"delta": {"content": word}}]}
-                yield f"data: {json.dumps(event)}\n\n"
-            if self.how == "breaks":
-                yield 'data: {"error": "index out of range in "self""}\n\n'  # transformers does not escape it
-
-        return StreamingResponse(events(), media_type="text/event-stream")
-
-
-def with_gateway(limits=Limits()):  # noqa: B008 - frozen
-    """Run an async test with (client, gateway, fake model server), all in this process."""
-
-    def decorate(test):
-        def runs(exported):
-            async def inside():
-                fake, tokenizer = Fake(), AutoTokenizer.from_pretrained(exported)
-                gateway = Gateway("http://fake", "/secret/path", "tiny", tokenizer, ["old-key-0123456789", KEY], limits)
-                transport = httpx2.ASGITransport(app=fake.app)
-                gateway.client = httpx2.AsyncClient(
-                    base_url="http://fake", transport=transport, timeout=limits.answer_s
-                )
-                headers = {"Authorization": f"Bearer {KEY}"}
-                reach = httpx2.ASGITransport(app=gateway.app)
-                async with httpx2.AsyncClient(base_url="http://test", transport=reach, headers=headers) as client:
-                    await asyncio.wait_for(test(client, gateway, fake), 30)
-                assert gateway.in_flight == 0  # whatever happened, nobody is left inside
-
-            asyncio.run(inside())
-
-        runs.__name__ = test.__name__  # not functools.wraps, which would show pytest the inner arguments
-        return runs
-
-    return decorate
-
-
-def message(text="The whale", **more):
-    return {"messages": [{"role": "user", "content": text}], **more}
-
-
-async def post(client, body=None, **more):
-    content = body if isinstance(body, bytes) else json.dumps(body or message()).encode()
-    answer = await client.post("/v1/chat/completions", content=content, **more)
-    return answer.status_code, answer.json().get("error", {}).get("code"), answer
-
-
-@with_gateway()
-async def test_every_kind_of_request_gets_its_code(client, gateway, fake):
-    assert (await post(client))[0] == 200 and fake.asked[-1]["model"] == "/secret/path"
-    for headers in ({"Authorization": ""}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}):
-        status, code, answer = await post(client, headers=headers)
-        assert (status, code, answer.headers["www-authenticate"]) == (401, "invalid_api_key", "Bearer")
-    assert (await post(client, headers={"Authorization": "Bearer old-key-0123456789"}))[
-        0
-    ] == 200  # two while they change
-    for body in (b"", b"{bad", b"\xff", b'{"messages": [' + b"[" * 5000, b'{"messages": NaN}'):
-        assert (await post(client, body))[:2] in ((400, "invalid_json"), (422, "invalid_value")), body
-    assert (await post(client, b"{bad"))[:2] == (400, "invalid_json")
-    for body in (
-        {}, {"messages": "x"}, {"messages": []}, {"messages": ["x"]}, {"messages": [{"role": "king", "content": "x"}]},
-        message(""), message(max_tokens=0), message(max_tokens="many"), message(temperature=3), message(tools=[]),
-        message(generation_config="{}"), [1],
-    ):  # fmt: skip
-        assert (await post(client, body if body else b"{}"))[:2] == (422, "invalid_value"), body
-    assert (await post(client, message(model="other")))[:2] == (404, "model_not_found")
-    assert (await client.get("/nowhere")).status_code == 404 and (
-        await client.get("/v1/chat/completions")
-    ).status_code == 405
-    status, code, answer = await post(client, message("x" * 70_000))
-    assert (status, code) == (413, "request_too_large") and len(fake.asked) == 2
-
-
-@with_gateway(Limits(max_body_bytes=1000))
-async def test_a_body_without_a_length_is_cut_off_as_well(client, gateway, fake):
-    sent = []
-
-    async def long():
-        while len(sent) < 1000:
-            sent.append(1)
-            yield b"x" * 400
-
-    answer = await client.post("/v1/chat/completions", content=long())
-    assert answer.status_code == 413 and len(sent) <= 16 * 1000 / 400 + 1  # read on for a while, then closed
-
-
-@with_gateway(Limits(read_s=0.2))
-async def test_a_body_that_does_not_come_times_out(client, gateway, fake):
-    async def stuck():
-        yield b"{"
-        await asyncio.sleep(30)
-
-    assert (await client.post("/v1/chat/completions", content=stuck())).status_code == 408
-
-
-@with_gateway(Limits(max_tokens=50))
-async def test_answers_are_no_longer_than_allowed_and_fit_the_context(client, gateway, fake):
-    for given, passed in ((message(), 50), (message(max_tokens=7), 7), (message(max_completion_tokens=9), 9)):
-        assert (await post(client, given))[0] == 200 and fake.asked[-1]["max_tokens"] == passed
-    assert (await post(client, message("whale " * 115)))[0] == 200 and fake.asked[-1]["max_tokens"] < 50  # what is left
-    assert (await post(client, message(max_tokens=51)))[:2] == (422, "max_tokens_too_large")
-    assert (await post(client, message("whale " * 115, max_tokens=50)))[:2] == (422, "context_length_exceeded")
-    assert (await post(client, message("whale " * 500)))[:2] == (422, "context_length_exceeded")
-
-
-@with_gateway(Limits(requests_per_minute=3))
-async def test_each_key_has_its_rate(client, gateway, fake):
-    codes = [(await post(client))[0] for _ in range(5)]
-    assert codes == [200, 200, 200, 429, 429]
-    status, code, answer = await post(client)
-    assert code == "rate_limit_exceeded" and 1 <= int(answer.headers["retry-after"]) <= 60
-    assert (await post(client, headers={"Authorization": "Bearer old-key-0123456789"}))[0] == 200
-    assert (await client.get("/health")).status_code == (await client.get("/ready")).status_code == 200
-
-
-@with_gateway(Limits(max_in_flight=2, answer_s=0.5))
-async def test_a_full_or_failing_server_says_so(client, gateway, fake):
-    fake.how = "slow"
-    waiting = [asyncio.create_task(post(client)) for _ in range(2)]
-    while len(fake.asked) < 2:
-        await asyncio.sleep(0.01)
-    status, code, answer = await post(client)
-    assert (status, code, answer.headers["retry-after"]) == (503, "overloaded", "1")
-    fake.go.set()
-    assert [(await task)[0] for task in waiting] == [200, 200]
-    fake.how = "broken"
-    status, code, answer = await post(client)
-    assert (status, code) == (502, "model_server_failed") and "Internal" not in answer.text
-    fake.how = "down"
-    ready = await client.get("/ready")
-    assert (ready.status_code, ready.json()["status"]) == (503, "model server does not answer")
-    assert (await client.get("/health")).status_code == 200
-    gateway.draining, fake.how = True, "well"
-    assert (await client.get("/ready")).json()["status"] == "draining" and (await post(client))[0] == 200
-
-    def fails(error):
-        def send(request):
-            raise error
-
-        return httpx2.AsyncClient(base_url="http://fake", transport=httpx2.MockTransport(send))
-
-    gateway.client = fails(httpx2.ConnectError("no"))
-    assert (await post(client))[:2] == (503, "not_ready")
-    gateway.client = fails(httpx2.ReadTimeout("no"))
-    assert (await post(client))[:2] == (504, "timeout")
-
-
-@with_gateway()
-async def test_a_stream_has_our_models_name_and_ends_in_words(client, gateway, fake):
-    for how, end in (("well", "[DONE]"), ("breaks", "model_server_failed")):
-        fake.how = how
-        answer = await client.post("/v1/chat/completions", json=message(stream=True))
-        events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
-        said = [json.loads(event) for event in events[:2]]
-        assert [event["choices"][0]["delta"]["content"] for event in said] == ["a", "b"]
-        assert {event["model"] for event in said} == {"tiny"} and "secret" not in answer.text and end in events[-1]
-
-
-def start(monkeypatch, *arguments: object, key: str = KEY) -> None:
-    """`python -m capstone.serve ARGUMENTS` in this process."""
-    monkeypatch.setenv("CAPSTONE_API_KEY", key)
-    monkeypatch.setattr(sys, "argv", ["serve", *map(str, arguments)])
-    serving.main()
-
-
-def test_keys_folders_and_ports_that_are_wrong_get_one_sentence(exported, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="CAPSTONE_API_KEY is not set"):
-        start(monkeypatch, exported, key=" , ")
-    with pytest.raises(UserError, match="a key of 5 characters: 16 are the least"):
-        start(monkeypatch, exported, key=f"{KEY},short")
-    with pytest.raises(UserError, match="no manifest.json.*: python -m capstone.export RUN"):
-        start(monkeypatch, tmp_path)
-    for flag, value, sentence in (
-        ("--requests_per_minute", 0, "--requests_per_minute 0 would refuse every request"),
-        ("--port", 99999999, "--port 99999999: ports are 1 to 65535"),
-        ("--backend", "127.0.0.1:8001", "--backend 127.0.0.1:8001: want an address such as http://"),
-    ):
-        with pytest.raises(UserError, match=re.escape(sentence)):
-            start(monkeypatch, exported, flag, value)
-    with socket.socket() as taken, pytest.raises(UserError, match="cannot listen on 127.0.0.1:.*choose another --port"):
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        start(monkeypatch, exported, "--port", taken.getsockname()[1])
-
-
-def test_without_its_model_server_it_ends_with_one(exported, monkeypatch):
-    @contextmanager
-    def short_lived(model, device):
-        with subprocess.Popen(["sleep", "1"]) as process:
-            yield "http://127.0.0.1:9", process
-
-    monkeypatch.setattr(serving, "model_server", short_lived)
-    with pytest.raises(SystemExit) as ended:
-        start(monkeypatch, exported, "--port", free_port())
-    assert ended.value.code == 1
-
-
-# --- the real server ---
-
-
-@pytest.fixture(scope="module")
-def server(exported):
-    with running_server(exported, KEY, "--device", "cpu", "--requests_per_minute", "100000", "--drain_s", "1") as found:
-        yield found
-
-
-def memory_mib(process) -> float:
-    root = psutil.Process(process.pid)
-    return sum(one.memory_info().rss for one in [root, *root.children(recursive=True)]) / 2**20
-
-
-@pytest.mark.launch
-def test_openais_own_client_gets_an_answer(server):
-    text = chat(server[0], KEY, "The whale", max_tokens=12)
-    assert isinstance(text, str) and text
-    from openai import AuthenticationError, OpenAI
-
-    client = OpenAI(base_url=f"{server[0]}/v1", api_key=KEY)
-    asked = {"model": "capstone-tiny", "messages": message()["messages"], "max_tokens": 9, "temperature": 0}
-    whole = client.chat.completions.create(**asked).choices[0].message.content
-    pieces = [event.choices[0].delta.content or "" for event in client.chat.completions.create(**asked, stream=True)]
-    assert "".join(pieces) == whole and len(pieces) > 5
-    with pytest.raises(AuthenticationError):
-        OpenAI(base_url=f"{server[0]}/v1", api_key="wrong-key-0123456789").models.list()
-
-
-@pytest.mark.launch
-def test_what_the_model_server_says_alone(server):
-    """The left column of the notes' table: why there is a gateway."""
-    (below,) = psutil.Process(server[1].pid).children()
-    (port,) = {one.laddr.port for one in below.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
-    (address,) = {one.laddr.ip for one in below.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
-    assert address == "127.0.0.1"  # nobody else reaches it
-    url = f"http://127.0.0.1:{port}/v1/chat/completions"
-    assert httpx2.post(url, json=message(max_tokens=2)).status_code == 200  # without a key
-    assert httpx2.post(url, json={"messages": "x"}).status_code == 500
-    assert httpx2.post(url, content=b"{bad").status_code == 422
-    too_long = httpx2.post(url, json=message("whale " * 100, max_tokens=100, stream=True, temperature=0), timeout=60)
-    assert too_long.status_code == 200 and "index out of range in self" in too_long.text
-    for door in ("/reset", "/load_model"):
-        assert httpx2.post(f"{server[0]}{door}").status_code == 404
-
-
-@pytest.mark.launch
-def test_thirty_two_at_a_time_of_every_kind(server):
-    """Right codes for all, and the memory of a second round is that of the first."""
-    url, process = server
-    kinds = {
-        "good": (200, lambda: {"json": message(max_tokens=8)}),
-        "streamed": (200, lambda: {"json": message(max_tokens=8, stream=True)}),
-        "malformed": (400, lambda: {"content": b"{bad"}),
-        "unauthorised": (401, lambda: {"json": message(), "headers": {"Authorization": "Bearer no"}}),
-        "oversized": (413, lambda: {"content": b"x" * 1_000_000}),
-        "too long": (422, lambda: {"json": message("whale " * 500)}),
-    }
-
-    async def one_round():
-        wanted, limits = Counter(), httpx2.Limits(max_connections=32)
-        headers = {"Authorization": f"Bearer {KEY}"}
-        async with httpx2.AsyncClient(
-            base_url=url, limits=limits, headers=headers, timeout=120, trust_env=False
-        ) as client:
-            calls = []
-            for number in range(192):
-                name = list(kinds)[number % len(kinds)]
-                wanted[name, kinds[name][0]] += 1
-                calls.append((name, client.post("/v1/chat/completions", **kinds[name][1]())))
-            answers = await asyncio.gather(*(call for _, call in calls))
-        return wanted, Counter((name, answer.status_code) for (name, _), answer in zip(calls, answers, strict=True))
-
-    used = []
-    for _ in range(3):
-        wanted, found = asyncio.run(one_round())
-        assert found == wanted
-        used.append(memory_mib(process))
-    assert used[-1] < 1.05 * used[0], used
-    assert httpx2.get(f"{url}/ready").json() == {"status": "ok", "in_flight": 0}
-
-
-@pytest.mark.launch
-def test_a_caller_that_hangs_up_stops_the_model(server):
-    url = server[0]
-    headers = {"Authorization": f"Bearer {KEY}"}
-    for _ in range(4):
-        body = message(max_tokens=120, stream=True)
-        with httpx2.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers) as answer:
-            next(answer.iter_lines())
-    ends = time.monotonic() + 20
-    while httpx2.get(f"{url}/ready").json()["in_flight"] and time.monotonic() < ends:
-        time.sleep(0.05)
-    assert httpx2.get(f"{url}/ready").json()["in_flight"] == 0
-    assert chat(url, KEY, "The whale", 4)
-
-
-# --- the page, in a browser ---
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("Chromium is not installed: sudo apt-get install chromium chromium-driver")
-    with open_browser() as chromium:
-        yield chromium
-
-
-@pytest.mark.launch
-def test_the_chat_page_in_chromium(server, browser):
-    find, wait = (lambda name: browser.find_element(By.ID, name)), WebDriverWait(browser, 20)
-    browser.get(server[0])
-    for field in ("text", "key", "tokens", "heat"):  # each has a label, as a screen reader needs
-        assert browser.find_element(By.CSS_SELECTOR, f"label[for={field}]").text
-    assert find("log").get_attribute("aria-live") == "polite" and find("problem").get_attribute("role") == "alert"
-
-    find("heat").clear()
-    find("heat").send_keys("0")  # the same answer each time: at 0.8 an untrained model ends one in a hundred early
-
-    give_key(browser, "wrong-key-0123456789")
-    wait.until(lambda _: "valid key" in find("problem").text)
-    give_key(browser, KEY)
-    wait.until(lambda _: find("model").text == "capstone-tiny")
-    assert find("problem").text == ""
-
-    browser.get_log("browser")  # the 401 that was asked for
-    answer = say(browser, "<b>The whale</b>")
-    assert browser.find_element(By.CSS_SELECTOR, "#log .user").text.endswith("<b>The whale</b>")
-    assert not browser.find_elements(By.CSS_SELECTOR, "#log b")  # text stays text
-    assert "cut at 40 tokens" in answer and len(answer) > 30
-    for _ in range(3):  # more than the context holds: the page leaves out the oldest texts
-        answer = say(browser, "And the sea, and the ship")
-    assert "left out" in answer and not find("problem").text
-
-    bad = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    assert all("422" in entry["message"] for entry in bad), bad  # those of the context, and nothing that was blocked
-    find("new").click()
-    assert not browser.find_elements(By.CSS_SELECTOR, "#log li") and find("empty").is_displayed()
-
-
-@pytest.mark.launch
-def test_load_counts_what_it_sends(server, exported, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loading, "running_server", lambda *_: nullcontext(server))
-    monkeypatch.setattr(loading.secrets, "token_urlsafe", lambda _: KEY)
-    flags = ["--clients", "1", "3", "--requests", "6", "--tokens", "3", "--run_dir", str(tmp_path), str(exported)]
-    monkeypatch.setattr(sys, "argv", ["load.py", *flags])
-    loading.main()
-    rows = json.loads((tmp_path / "load.json").read_text())["table"]
-    sent = [(row["clients"], row["requests"], row["errors"], row["statuses"]) for row in rows]
-    assert sent == [(1, 6, 0, {"200": 6}), (3, 6, 0, {"200": 6})]
-    for row in rows:
-        assert 0 < row["first_token_p50_s"] <= row["p50_s"] <= row["p99_s"] and row["before_mib"] > 100
-        assert row["tokens_per_s"] / row["requests_per_s"] == pytest.approx(3, abs=0.5)  # or an end of text
-    assert (tmp_path / "load.png").exists() and capsys.readouterr().out.count("errors 0") == 2
-    monkeypatch.setattr(loading.secrets, "token_urlsafe", lambda _: "wrong-key-0123456789")
-    with pytest.raises(UserError, match=r"no request of 6 was answered: \{'401': 6\}"):
-        loading.main()
-
-
-@pytest.mark.launch
-def test_sigterm_drains(server):
-    """Not ready at once, the stream under way and a late caller are answered in full, exit code 0, nothing left.
-
-    The last test that uses the server.
-    """
-    headers = {"Authorization": f"Bearer {KEY}"}
-    url, process = server
-    below = psutil.Process(process.pid).children(recursive=True)
-    body = message(max_tokens=120, stream=True, seed=1, temperature=0)
-    with httpx2.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60) as answer:
-        lines = answer.iter_lines()
-        got = [next(lines)]
-        process.send_signal(signal.SIGTERM)
-        ends = time.monotonic() + 10
-        while is_ready(url) and time.monotonic() < ends:
-            time.sleep(0.01)
-        assert httpx2.get(f"{url}/ready").json()["status"] == "draining"
-        assert httpx2.get(f"{url}/health").status_code == 200
-        late = httpx2.post(f"{url}/v1/chat/completions", json=message(max_tokens=2), headers=headers, timeout=60)
-        assert late.status_code == 200
-        got += list(lines)
-    assert "data: [DONE]" in got
-    assert process.wait(30) == 0
-    with pytest.raises(httpx2.ConnectError):
-        httpx2.get(f"{url}/health")
-    assert below and not any(one.is_running() for one in below)
-
-
-# --- the whole project ---
-
+from tests.launch import DEEPSPEED, ROOT, free_port, run_day, run_ranks
+
+NEEDS = "day 28's packages are not here: pip install -r day28/requirements.txt"
+for package in ("fastapi", "openai", "limits"):
+    pytest.importorskip(package, reason=NEEDS)
 
 SMALL = ["data.sources=[data/moby_dick.jsonl.xz]", "data.workers=1", "train.eval_every=2", "evaluate.items=8"]
 SMALL += ["evaluate.max_blocks=4", "evaluate.sample_tokens=4"]
@@ -590,7 +70,7 @@ def test_killed_while_it_exports_or_serves_the_same_command_ends_with_the_same_m
     folder = tmp_path / "run"
     command = [DEEPSPEED, "--num_accelerators", "2", "--master_port", str(free_port()), "day28/train.py"]
     command += ["--run_dir", str(folder), "--steps", "2", "--log_every", "1", *SMALL]
-    run_day("day28/train.py", *command[6:])
+    run_ranks("day28/train.py", *command[6:], ranks=2)
     for moment in ("partial_export", "export/manifest.json", "a server", "chat.json"):
         for stage in ("export", "chat.json") if moment != "a server" else ("chat.json",):
             path = folder / stage
@@ -599,201 +79,39 @@ def test_killed_while_it_exports_or_serves_the_same_command_ends_with_the_same_m
 
         def reached(moment=moment, process=process) -> bool:
             if moment == "a server":
-                return any("capstone.serve" in safe_cmdline(one) for one in tree(process))
+                return any("capstone.serve" in command_of(one) for one in process_tree(process.pid))
             return (folder / moment).exists()
 
         ends = time.monotonic() + 120
         while process.poll() is None and not reached() and time.monotonic() < ends:
             time.sleep(0.01)
-        victims = tree(process)
-        kill(victims)
+        victims = process_tree(process.pid)
+        kill_all(victims)
         process.wait()
         psutil.wait_procs(victims, 10)
-    again = run_day("day28/train.py", *command[6:])
+    again = run_ranks("day28/train.py", *command[6:], ranks=2)
     assert "train: done already" in again.stdout and problem_with(folder / "export") is None
     before, after = (AutoModelForCausalLM.from_pretrained(folder / name).state_dict() for name in ("model", "export"))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not list(folder.glob("partial_*")) and json.loads((folder / "chat.json").read_text())["answer"]
 
 
-# --- deployment ---
-
-
-def parts_of(name: str) -> list[dict]:
-    return list(yaml.safe_load_all((DEPLOY / name).read_text()))
-
-
-def test_the_dockerfile_passes_hadolint_and_copies_what_is_imported(tmp_path):
-    hadolint, text = shutil.which("hadolint", path=PATH), (DEPLOY / "Dockerfile").read_text()
-    assert subprocess.run([hadolint, DEPLOY / "Dockerfile"]).returncode == 0
-    (tmp_path / "Dockerfile").write_text(text.replace("FROM python:3.11-slim-bookworm", "FROM python:latest"))
-    assert "DL3007" in subprocess.run([hadolint, tmp_path / "Dockerfile"], capture_output=True, text=True).stdout
-    copied, kept = (
-        set(re.findall(r"^COPY (\S+) ", text, re.M)),
-        set(re.findall(r"^!(.*)$", (DEPLOY / "Dockerfile.dockerignore").read_text(), re.M)),
-    )
-    sources = "".join(path.read_text() for path in [*ROOT.glob("capstone/**/*.py"), *ROOT.glob("common/*.py")])
-    imported = set(re.findall(r"^ *(?:from|import) (common|config|capstone|day\d\d)\b", sources, re.M))
-    assert (
-        imported <= copied
-        and {name for name in copied if "/" not in name} == kept
-        and all((ROOT / c).exists() for c in copied)
-    )
-
-
-def test_the_compose_file_is_valid():
-    from compose_spec import PyCompose
-
-    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())  # merge keys and anchors resolved
-    checked = PyCompose.from_json(json.dumps(compose))
-    for check in (checked.validate, checked.validate_volumes, checked.validate_networks, checked.validate_secrets):
-        check()
-    with pytest.raises(ValueError, match="restrat"):
-        PyCompose.from_json(json.dumps({"services": {"serve": compose["services"]["serve"] | {"restrat": "always"}}}))
-    for name, service in compose["services"].items():
-        for volume in service.get("volumes", []):
-            source = volume.split(":")[0]
-            assert source in compose["volumes"] or source == "../../runs" or (DEPLOY / source).exists(), (
-                f"{name}: {source}"
-            )
-    train = load_config(compose["services"]["train"]["command"][1], compose["services"]["train"]["command"][2:])
-    watched = yaml.safe_load((ROOT / "capstone/alerts/prometheus.yml").read_text())["scrape_configs"][0]
-    targets = f"../../{train.run_dir}/prometheus_targets.json"
-    assert train.monitor.port and targets in watched["file_sd_configs"][0]["files"], "Prometheus has something to read"
-    stop = re.search(r"(\d+)s", compose["services"]["serve"]["stop_grace_period"])[1]
-    assert int(stop) > 5 + 60  # --drain_s and --grace_s
-
-
-@pytest.mark.parametrize("version", ["1.31", "1.37"])
-def test_the_manifests_fit_the_schemas_of_kubernetes(version):
-    import kubernetes_validate
-
-    kinds = []
-    for name in ("kubernetes-train.yaml", "kubernetes-serve.yaml"):
-        for part in parts_of(name):
-            kubernetes_validate.validate(part, version, strict=True)
-            kinds.append(part["kind"])
-    assert {"Job", "PersistentVolumeClaim", "Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy"} == set(
-        kinds
-    )
-    part["spec"]["policyType"] = ["Ingress"]
-    with pytest.raises(kubernetes_validate.ValidationError, match="policyType"):
-        kubernetes_validate.validate(part, version, strict=True)
-
-
-def test_the_manifests_ask_the_server_what_it_answers():
-    deployment = next(part for part in parts_of("kubernetes-serve.yaml") if part["kind"] == "Deployment")["spec"]
-    pod = deployment["template"]["spec"]
-    container = pod["containers"][0]
-    probes = {kind: container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
-    assert probes == {"startup": "/ready", "readiness": "/ready", "liveness": "/health"}
-    assert pod["terminationGracePeriodSeconds"] > 10 + 60 and pod["securityContext"]["runAsNonRoot"]
-    for part in parts_of("kubernetes-serve.yaml"):
-        selector = part["spec"].get("selector") or part["spec"].get("podSelector")
-        labels = selector.get("matchLabels", selector)
-        assert labels.items() <= deployment["template"]["metadata"]["labels"].items()
-    from capstone.serve.__main__ import parse_args  # its flags are those that manifests and compose use
-
-    argv, sys.argv = sys.argv, ["serve", *container["args"]]
-    try:
-        assert parse_args().drain_s == 10
-    finally:
-        sys.argv = argv
-
-
-def test_the_slurm_script_passes_shellcheck(tmp_path):
-    shellcheck, text = shutil.which("shellcheck", path=PATH), (DEPLOY / "slurm.sh").read_text()
-    assert subprocess.run([shellcheck, DEPLOY / "slurm.sh"]).returncode == 0
-    (tmp_path / "bad.sh").write_text(text.replace('"$run/evaluation.json" ]', "$run/evaluation.json ]"))
-    assert "SC2086" in subprocess.run([shellcheck, tmp_path / "bad.sh"], capture_output=True, text=True).stdout
-
-
-def a_fake_training(tmp_path: Path, body: str) -> Path:
-    """A folder in which capstone/train.py is `body`, beside the real config.py."""
-    (tmp_path / "capstone").mkdir()
-    (tmp_path / "capstone/train.py").write_text(body)
-    return tmp_path
-
-
-RANK = """
-import os, signal, sys, time
-from pathlib import Path
-rank = os.environ["RANK"]
-def stop(number, frame):
-    Path(f"stopped_{rank}").write_text(str(number)); sys.exit(0)
-for number in (signal.SIGTERM, signal.SIGUSR1): signal.signal(number, stop)
-Path(f"started_{rank}").write_text(" ".join(sys.argv[1:]) + f" {os.environ['WORLD_SIZE']} {os.environ['LOCAL_RANK']}")
-if "fail" in sys.argv and rank == "1": sys.exit(3)
-time.sleep(60)
-"""
-
-
-def wait_for(*paths: Path) -> None:
-    ends = time.monotonic() + 30
-    while not all(path.exists() for path in paths):
-        assert time.monotonic() < ends, f"no {paths}"
-        time.sleep(0.02)
-
-
-@pytest.mark.launch
-def test_the_containers_first_process_passes_signals_to_every_rank(tmp_path):
-    folder = a_fake_training(tmp_path, RANK)
-    command = [sys.executable, DEPLOY / "launch.py", "--config", "x"]
-    process = subprocess.Popen(command, cwd=folder, env={**os.environ, "RANKS": "2"})
-    wait_for(folder / "started_0", folder / "started_1")
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 143  # saved, not done
-    assert [(folder / f"stopped_{rank}").read_text() for rank in (0, 1)] == ["15", "15"]
-    assert (folder / "started_1").read_text() == "--config x 2 1"
-    failing = subprocess.run([*command, "fail"], cwd=folder, env={**os.environ, "RANKS": "2"}, timeout=30)
-    assert failing.returncode == 3  # one lost, all lost, and the reason passed on
-
-
-@pytest.mark.long
-def test_the_slurm_script_starts_every_rank_and_queues_again_what_is_not_done(tmp_path):
-    """With srun and scontrol made up: each task its rank, requeued until the model is there."""
-    folder = a_fake_training(tmp_path, RANK.replace("time.sleep(60)", ""))
-    (folder / "bin").mkdir()
-    srun = '#!/bin/bash\nshift\nfor i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" || exit; done\n'
-    scontrol = '#!/bin/bash\n[ "$1" = show ] && echo node7 && exit\necho "$@" >> asked\n'
-    for name, text in (("srun", srun), ("scontrol", scontrol)):
-        (folder / "bin" / name).write_text(text)
-        (folder / "bin" / name).chmod(0o755)
-    env = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "4711", "SLURM_NTASKS": "2", "PYTHON": sys.executable}
-    env |= {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{folder / 'bin'}:{PATH}"} | env
-    command = ["bash", DEPLOY / "slurm.sh", ROOT / "capstone/configs/tiny.yaml", f"run_dir={folder}/run"]
-    first = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    assert first.returncode == 0, first.stderr
-    assert "not done, queued again" in first.stdout and (folder / "asked").read_text() == "requeue 4711\n"
-    said = [(folder / f"started_{rank}").read_text().split()[-3:] for rank in (0, 1)]
-    assert said == [[f"run_dir={folder}/run", "2", str(rank)] for rank in (0, 1)]
-    (folder / "run").mkdir()
-    (folder / "run/evaluation.json").touch()
-    assert "done," in subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True).stdout
-    assert (folder / "asked").read_text() == "requeue 4711\n"
-
-
-@pytest.mark.parametrize("page", ["runbook.md", "runbook.zh.md"])
-def test_every_alert_has_its_section_in_the_runbook(page):
-    rules = yaml.safe_load((ROOT / "capstone/alerts/rules.yml").read_text())
-    alerts = [rule["alert"] for group in rules["groups"] for rule in group["rules"] if "alert" in rule]
-    text = (DEPLOY / page).read_text()
-    sections = re.findall(r"^## (\w+)$", text, re.M)
-    assert sections[: len(alerts)] == alerts and len(alerts) >= 8
-    for section in re.split(r"^## ", text, flags=re.M)[1 : len(alerts) + 1]:
-        assert (
-            re.search(r"^\*\*(Means|含义)", section, re.M) and re.search(r"^1\. ", section, re.M) and "2. " in section
-        )
-    for script in re.findall(r"(?:python|deepspeed [^\n]*?) ((?:day\d\d|config|capstone)/[\w/]+\.py)", text):
-        assert (ROOT / script).exists(), script
-
-
-def test_runbook_and_checklist_tell_the_same_in_both_languages():
-    for name in ("runbook", "checklist"):
-        english, chinese = ((DEPLOY / f"{name}{suffix}.md").read_text() for suffix in ("", ".zh"))
-        for pattern in (r"^#+", r"^\d\. ", r"^- (?:\[[x ]\])?", r"^```"):
-            assert len(re.findall(pattern, english, re.M)) == len(re.findall(pattern, chinese, re.M)), (name, pattern)
-        assert re.findall(r"^- (\[[x ]\])", english, re.M) == re.findall(r"^- (\[[x ]\])", chinese, re.M)
+@pytest.mark.parametrize(
+    ("number", "answer", "sentence"),
+    [
+        (0, lambda key, left, body, in_flight: 200 if json.loads(body) else 0, "ended with UnicodeDecodeError"),
+        (1, lambda values, share: values[len(values)], "ended with IndexError"),
+        (2, lambda *_: None, "ended with TypeError"),
+    ],
+)
+def test_the_exercise_says_what_is_wrong(number, answer, sentence, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("sys.argv", ["exercise.py"])
+    answers = [solution.status_of, solution.percentile, solution.cost_of_a_million]
+    answers[number] = answer
+    with pytest.raises(UserError, match="^not yet: ") as caught:
+        exercise.check(*answers)
+    assert sentence in str(caught.value)
 
 
 @pytest.mark.parametrize("page", ["notes.md", "notes.zh.md"])
@@ -824,10 +142,3 @@ def test_costs_follow_the_arithmetic(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["cost.py", str(ROOT / f"day28/results/{name}.json"), *flags])
         with pytest.raises(UserError, match=re.escape(sentence)):
             cost.main()
-
-
-def test_percentiles_were_really_measured():
-    assert (
-        loading.percentile([float(number) for number in range(1, 101)], 0.99) == 99
-        and loading.percentile([3.0], 0.5) == 3
-    )
