@@ -103,10 +103,10 @@ def try_stage(stage: int, threshold: int, batches: list[dict], root: Path, args:
     shapes = sorted({str(list(tensor.shape)) for name, tensor in naive.items() if "q_proj.lora_A" in name})
     folder = root / f"stage{stage}_{threshold}_excluding"
     row = {
-        "stage": stage, "threshold": threshold, "held_bytes": held_bytes(engine), "base_changed": changed,
-        "naive_shapes": shapes,
+        "stage": stage, "threshold": threshold, "base_changed": changed, "naive_shapes": shapes,
         "checkpoint_bytes": checkpoint(engine, root / f"stage{stage}_{threshold}", exclude=False),
         "excluding_bytes": checkpoint(engine, folder, exclude=True),
+        "held_bytes": held_bytes(engine),  # after saving, when what stays whole is whole again
     }  # fmt: skip
     file = next((folder / "saved").glob("*model_states.pt"))
     module = torch.load(file, weights_only=False)["module"]  # written by this run
