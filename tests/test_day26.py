@@ -394,7 +394,7 @@ def test_killed_while_saving_the_run_ends_the_same(peace, tmp_path, warm_kills, 
 @pytest.mark.long
 @pytest.mark.launch
 def test_killed_ten_times_in_all_stages_runs_end_the_same(peace, tmp_path, warm_kills):
-    table = kill_test.kill_runs(warm_kills, tmp_path, random.Random(26))
+    table = kill_test.kill_runs(warm_kills, tmp_path, random.Random(26)).rows
     assert len(table) == 10 and {row["stage"] for row in table} == set(kill_test.STAGES), table
     for run in tmp_path.glob("killed_*"):
         assert kill_test.what_came_out(run) == kill_test.what_came_out(peace[0]), run
@@ -404,7 +404,7 @@ def test_killed_ten_times_in_all_stages_runs_end_the_same(peace, tmp_path, warm_
 @pytest.mark.launch
 def test_the_program_that_kills_says_so(tmp_path):
     run = run_warm("day26/labs/kill_test.py", "--kills", 1, "--run_dir", tmp_path)
-    assert "kill  1 | run 1 | start    |" in run.stdout
+    assert re.search(r"^kill 1 +1 +start ", run.stdout, re.M)
     assert (
         "1 runs, 1 kills, run to the end: weights the same | data the same | loss curve the same | evaluation the same"
         in run.stdout

@@ -22,11 +22,14 @@ import psutil
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.table import Table
 from capstone.text import read_file
 from common.data import DATA, SHIPPED
 from common.errors import clear_errors
-from common.results import this_command, write_results
-from common.run_log import default_run_dir, show_path
+from common.run_log import default_run_dir
+
+COLUMNS = {"MB of text": "text_bytes:MB", "tokens": "tokens:,", "seconds": "seconds:.0f", "MB/s": "mb_per_s:.1f"}
+COLUMNS |= {"peak MB": "peak_bytes:MB", "peak/text": "ratio:.2f"}
 
 
 def parse_args() -> argparse.Namespace:
@@ -62,8 +65,9 @@ def tree_bytes(process: psutil.Process) -> int:
 
 def main() -> None:
     args = parse_args()
-    run_dir, rows = Path(args.run_dir).resolve(), []
+    run_dir = Path(args.run_dir).resolve()
     run_dir.mkdir(parents=True, exist_ok=True)
+    table = Table(run_dir / "stream.json", COLUMNS, width=10)
     for copies in args.copies:
         source, out = run_dir / f"text_{copies}.jsonl", run_dir / f"data_{copies}"
         text_bytes, peak, start = make_text(source, copies, args.shipped), 0, time.perf_counter()
@@ -76,16 +80,10 @@ def main() -> None:
             sys.exit(child.returncode)
         seconds = time.perf_counter() - start
         tokens = sum(split["tokens"] for split in json.loads((out / "manifest.json").read_text())["splits"].values())
-        row = {"copies": copies, "text_bytes": text_bytes, "tokens": tokens, "seconds": seconds}
-        row |= {"mb_per_s": text_bytes / 1e6 / seconds, "peak_bytes": peak, "ratio": peak / text_bytes}
-        rows.append(row)
-        print(
-            f"{text_bytes / 1e6:7.1f} MB of text, {tokens:,} tokens | {seconds:.0f} s, {row['mb_per_s']:.1f} MB/s"
-            f" | peak {peak / 1e6:.0f} MB = {row['ratio']:.2f} x the text"
-        )
+        row = {"case": f"{copies} x", "copies": copies, "text_bytes": text_bytes, "tokens": tokens, "seconds": seconds}
+        table.add(row | {"mb_per_s": text_bytes / 1e6 / seconds, "peak_bytes": peak, "ratio": peak / text_bytes})
         source.unlink()
-    write_results(run_dir / "stream.json", this_command(), table=rows)
-    print(f"table: {show_path(run_dir / 'stream.json')}")
+    table.close()
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.table import Table
 from bench.world import command_of, default_ranks, kill_all, launch_command, process_tree
 from common.errors import UserError, clear_errors
-from common.results import this_command, write_results
 from common.run_log import default_run_dir
 from day17.checkpoints import sha256
 
@@ -41,6 +41,7 @@ STAGES = {
     "model": (lambda run: (run / "model").exists(), lambda run, since: (run / "partial_model").exists(), 0.02),
     "evaluate": (lambda run: (run / "evaluation.json").exists(), lambda run, since: (run / "model").exists(), 0.8),
 }
+COLUMNS = {"run": "run", "stage": "stage", "s in": "after_s:.2f", "killed": "killed", "newest": "newest"}
 STEPS = 12
 SMALL = ["data.sources=[data/moby_dick.jsonl.xz]", "data.chunk_mb=0.2", "data.shard_mb=0.4", "data.held_out_share=0.3"]
 SMALL += ["train.log_every=1", "train.eval_every=10", "checkpoint.save_every=3", "evaluate.max_blocks=32"]
@@ -94,26 +95,23 @@ def what_came_out(run: Path) -> dict[str, object]:
     }
 
 
-def kill_runs(args: argparse.Namespace, folder: Path, chance: random.Random) -> list[dict]:
+def kill_runs(args: argparse.Namespace, folder: Path, chance: random.Random) -> Table:
     """Kill `args.kills` times: a run once in each stage that it has before it, then the next run; all reach the end."""
-    table, number = [], 0
-    while len(table) < args.kills:
+    table, number = Table(folder / "kill_test.json", COLUMNS, width=10), 0
+    while len(table.rows) < args.kills:
         number += 1
         run = folder / f"killed_{number}"
         for stage, (is_over, _, longest_s) in STAGES.items():
             delay_s, rank = chance.uniform(0, longest_s), chance.choice([None] * args.ranks + list(range(args.ranks)))
-            if len(table) == args.kills or is_over(run):
+            if len(table.rows) == args.kills or is_over(run):
                 continue
             who = kill_once(args, run, stage, delay_s, rank)
             if who == "nobody":  # the run had come to its end
                 break
             newest = max((path.name for path in run.glob("checkpoints/step*")), default="none")
-            row = {"kill": len(table) + 1, "run": number, "stage": stage, "after_s": delay_s, "killed": who}
-            table.append(row | {"newest": newest})
-            print(
-                f"kill {row['kill']:2d} | run {number} | {stage:8s} | {delay_s:5.2f} s in | {who:6s} | has {newest}",
-                flush=True,
-            )
+            kill = len(table.rows) + 1
+            row = {"case": f"kill {kill}", "kill": kill, "run": number, "stage": stage, "after_s": delay_s}
+            table.add(row | {"killed": who, "newest": newest})
         if code := launch(args, run).wait():
             raise UserError(f"run {number} did not come to its end: exit code {code}, {folder / run.name}.log")
     return table
@@ -140,7 +138,7 @@ def main() -> None:
     same = {name: all(what_came_out(run)[name] == peace[name] for run in runs) for name in peace}
     words = [f"{name} {'the same' if same[name] else 'DIFFERS'}" for name in same]
     print(f"{len(runs)} runs, {args.kills} kills, run to the end: " + " | ".join(words))
-    write_results(folder / "kill_test.json", this_command(), same=same, table=table)
+    table.save(same=same)
     sys.exit(not all(same.values()))
 
 

@@ -24,17 +24,17 @@ import psutil
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.table import Table
 from capstone.serve.client import running_server
 from common.errors import UserError, clear_errors
 from common.plots import plot_bars
-from common.results import this_command, write_results
-from common.run_log import default_run_dir, show_path
+from common.run_log import default_run_dir
 
 BEGINNINGS = ["The whale", "The people of the United States", "Call me", "The Congress", "At sea", "It is the duty"]
 
-LINE = "{clients:3d} clients | {requests_per_s:6.1f} requests/s | {tokens_per_s:6.0f} tokens/s"
-LINE += " | first token p50 {first_token_p50_s:.3f} s | answer p50 {p50_s:.3f} s, p99 {p99_s:.3f} s | errors {errors}"
-LINE += " | memory {before_mib:.0f} -> {after_mib:.0f} MiB"
+COLUMNS = {"requests/s": "requests_per_s:.1f", "tokens/s": "tokens_per_s:.0f", "1st token s": "first_token_p50_s:.3f"}
+COLUMNS |= {"p50 s": "p50_s:.3f", "p99 s": "p99_s:.3f", "errors": "errors", "MiB before": "before_mib:.0f"}
+COLUMNS |= {"MiB after": "after_mib:.0f"}
 
 
 def parse_args() -> argparse.Namespace:
@@ -95,7 +95,8 @@ def main() -> None:
     args = parse_args()
     if args.requests < max(args.clients):
         raise UserError(f"--requests {args.requests} leaves some of {max(args.clients)} clients without one")
-    key, rows = secrets.token_urlsafe(24), []
+    key, path = secrets.token_urlsafe(24), Path(args.run_dir) / "load.json"
+    table = Table(path, COLUMNS, width=12)
     flags = ["--device", args.device, "--requests_per_minute", "1000000", "--drain_s", "0"]
     with running_server(args.model, key, *flags) as (url, process):
         server = psutil.Process(process.pid)
@@ -108,19 +109,17 @@ def main() -> None:
             if not good:
                 raise UserError(f"no request of {args.requests} was answered: {dict(statuses)}")
             total = [answer["total_s"] for answer in good]
-            rows.append({
-                "clients": clients, "requests": len(answers), "errors": len(answers) - len(good), "statuses": statuses,
+            table.add({
+                "case": f"{clients} clients", "clients": clients, "requests": len(answers),
+                "errors": len(answers) - len(good), "statuses": statuses,
                 "requests_per_s": len(good) / seconds, "tokens_per_s": sum(a["tokens"] for a in good) / seconds,
                 "first_token_p50_s": percentile([a["first_s"] or a["total_s"] for a in good], 0.5),
                 "p50_s": percentile(total, 0.5), "p99_s": percentile(total, 0.99),
                 "before_mib": sum(before.values()), "after_mib": sum(after.values()), "memory_mib": after,
             })  # fmt: skip
-            print(LINE.format(**rows[-1]), flush=True)
-    path = Path(args.run_dir) / "load.json"
-    write_results(path, this_command(), table=rows)
-    bars = {f"{row['clients']} clients, {which}": row[f"{which}_s"] for row in rows for which in ("p50", "p99")}
+    bars = {f"{row['clients']} clients, {which}": row[f"{which}_s"] for row in table.rows for which in ("p50", "p99")}
     plot_bars(bars, path.with_suffix(".png"), json.loads(path.read_text())["hardware"], "seconds for an answer")
-    print(f"table: {show_path(path)}")
+    table.close()
 
 
 if __name__ == "__main__":
