@@ -44,14 +44,15 @@ def default_ranks() -> int:
 
 
 def free_port(count: int = 1) -> int:
-    """A port that nobody listens on now, so that two worlds do not collide; the first of `count` such in a row."""
+    """A port that nobody listens on now, so that two worlds do not collide; the first of `count` such in a row.
+
+    Below 32768, where Linux takes none by itself: what was free a moment ago is then not another world's NCCL socket.
+    """
     while True:
-        with ExitStack() as probes, suppress(OSError, OverflowError):  # the next one is taken: look elsewhere
-            first = 0  # the system's choice
+        first = random.SystemRandom().randrange(10_000, 32_768 - count)
+        with ExitStack() as probes, suppress(OSError):  # one is taken: look elsewhere
             for number in range(count):
-                probe = probes.enter_context(socket.socket())
-                probe.bind(("127.0.0.1", first + number))
-                first = first or probe.getsockname()[1]
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", first + number))
             return first
 
 

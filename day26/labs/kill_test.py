@@ -95,6 +95,15 @@ def what_came_out(run: Path) -> dict[str, object]:
     }
 
 
+def first_difference(want: list[dict], found: list[dict]) -> str:
+    """Where two logs part, in words."""
+    for one, other in zip(want, found, strict=False):
+        if keys := [key for key in one | other if one.get(key) != other.get(key)]:
+            values = ", ".join(f"{key} {other.get(key)} instead of {one.get(key)}" for key in keys)
+            return f"step {one.get('step')}: {values}"
+    return f"{len(found)} rows instead of {len(want)}"
+
+
 def kill_runs(args: argparse.Namespace, folder: Path, chance: random.Random) -> Table:
     """Kill `args.kills` times: a run once in each stage that it has before it, then the next run; all reach the end."""
     table, number = Table(folder / "kill_test.json", COLUMNS, width=10), 0
@@ -138,6 +147,8 @@ def main() -> None:
     same = {name: all(what_came_out(run)[name] == peace[name] for run in runs) for name in peace}
     words = [f"{name} {'the same' if same[name] else 'DIFFERS'}" for name in same]
     print(f"{len(runs)} runs, {args.kills} kills, run to the end: " + " | ".join(words))
+    for run in runs if not same["loss curve"] else []:
+        print(f"{run.name}: {first_difference(peace['loss curve'], what_came_out(run)['loss curve'])}")
     table.save(same=same)
     sys.exit(not all(same.values()))
 
