@@ -163,10 +163,9 @@ def _fork(commands: list[list[object]], envs: list[dict[str, str]], timeout: int
         while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes) and not late:
             time.sleep(0.05)
             late = time.monotonic() > ends
-        told = re.search("^error: ", Path(folder, "stderr").read_text(), re.M)  # the sentence that the others wait for
-        patience = 0 if late else 0.3 if told else 3
-        for process in processes:  # as the launcher does: one that failed, or the time-out, ends them all
-            process.join(patience)
+        told = re.search("^error: ", Path(folder, "stderr").read_text(), re.M)  # by rank 0, so that others need not
+        for rank, process in enumerate(processes):  # as the launcher does: a failure, or the time-out, ends them all
+            process.join(0 if late else 0.1 if told and rank else 3)
             process.kill()
             process.join()
         codes = [process.exitcode for process in processes]
