@@ -8,6 +8,7 @@ Checked with deepspeed 0.19.8. Source: deepspeed/launcher/runner.py and launch.p
 """
 
 import os
+import random
 import signal
 import socket
 import subprocess
