@@ -82,8 +82,10 @@ class Reader:
     """
 
     def __init__(self, text):
-        self.text, self.pos = text.lstrip("\ufeff"), 0
-        self.lines, self.duplicates = {(): 1}, []
+        self.text = text.lstrip("\ufeff")
+        self.pos = 0
+        self.lines = {(): 1}
+        self.duplicates = []
 
     def read(self):
         first = self.peek()
@@ -128,7 +130,8 @@ class Reader:
         return self.quoteless()
 
     def object(self, path, end):
-        result, start = {}, self.pos
+        result = {}
+        start = self.pos
         while True:
             char = self.peek()
             if char == end:
@@ -159,7 +162,8 @@ class Reader:
         return match.group()
 
     def array(self, path):
-        items, start = [], self.pos
+        items = []
+        start = self.pos
         while True:
             char = self.peek()
             if char == "]":
@@ -178,7 +182,8 @@ class Reader:
             end = self.text.find("'''", self.pos + 3)
             if end < 0:
                 self.fail("a ''' string is never closed")
-            body, self.pos = self.text[self.pos + 3 : end], end + 3
+            body = self.text[self.pos + 3 : end]
+            self.pos = end + 3
             return textwrap.dedent(body).strip()  # hjson's own indentation rule is finer; nobody's value needs it
         match = STRING[quote].match(self.text, self.pos)
         if not match:
@@ -417,7 +422,8 @@ OUT_OF_RANGE = {  # what happens, where DeepSpeed does not simply raise at initi
 
 def walk(c, node, value, path=(), lax=False) -> Iterator[Finding]:
     """Compare a value with its schema. `lax`: the section is a pydantic model, which converts "2" and "true"."""
-    dotted, node = ".".join(map(str, path)), unwrap(node)
+    dotted = ".".join(map(str, path))
+    node = unwrap(node)
     if value == "auto" and isinstance(value, str):
         yield from auto(c, node, dotted, lax)
         return
@@ -835,7 +841,8 @@ ZERO3_KEYS = re.compile(r"stage3_|zero_hpz|zero_quantized|sub_group_size$|leaf_m
 
 def zero_stage(c) -> Iterator[Finding]:
     """runtime/zero/config.py; runtime/engine.py _configure_zero_optimizer"""
-    zero, at = c.zero, "zero_optimization"
+    zero = c.zero
+    at = "zero_optimization"
     if zero and "stage" not in zero:
         yield c.warning(f"{at}.stage", "No stage, so ZeRO stays off (stage 0).", 'Add "stage": 1, 2 or 3.')
     if not zero or c.stage_unknown:
@@ -886,7 +893,8 @@ def zero_stage(c) -> Iterator[Finding]:
 
 def zenflow(c) -> Iterator[Finding]:
     """runtime/zenflow/; runtime/zero/config.py"""
-    settings, at = c.zero.get("zenflow"), "zero_optimization.zenflow"
+    settings = c.zero.get("zenflow")
+    at = "zero_optimization.zenflow"
     if not isinstance(settings, dict) or c.stage_unknown:
         return
     if c.offload("optimizer") == "none":
@@ -995,7 +1003,8 @@ def communication(c) -> Iterator[Finding]:
 
 def backend(c, kind, params):
     """Which constructor DeepSpeed will call (runtime/engine.py _configure_basic_optimizer), and what it takes."""
-    table, name = schema()["x-deepspeed"]["optimizers"], str(kind).lower()
+    table = schema()["x-deepspeed"]["optimizers"]
+    name = str(kind).lower()
     on_cpu = c.offload("optimizer") in ("cpu", "nvme")
     if name in ("adam", "adamw"):
         if params.get("torch_adam"):
@@ -1297,7 +1306,8 @@ def check(source, world_size=None, hf=False):
 
     Raises OSError when there is no such file.
     """
-    lines, first = {}, []
+    lines = {}
+    first = []
     if isinstance(source, dict):
         config = source
     else:
@@ -1363,7 +1373,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.world_size is not None and args.world_size < 1:
         parser.error(f"--world_size must be at least 1, got {args.world_size}")
-    code, report = 0, {}
+    code = 0
+    report = {}
     for name in args.configs:
         try:
             findings = check(Path(name), args.world_size, args.hf)

@@ -131,7 +131,8 @@ def as_list(value):
 
 
 def model_schema(model):
-    docs, props = field_docs(model), {}
+    docs = field_docs(model)
+    props = {}
     for name, field in model.model_fields.items():
         schema = type_schema(field.annotation)
         if schema is None:
@@ -189,7 +190,8 @@ def autoep_schema():
         if name in ("load_balance_coeff", "expert_w3"):
             props[name] = {"type": "null"} if name == "load_balance_coeff" else {"type": ["string", "null"]}
             continue
-        schema, default = type_schema(hint), AutoEPConfig.__dataclass_fields__[name].default
+        schema = type_schema(hint)
+        default = AutoEPConfig.__dataclass_fields__[name].default
         props[name] = {**schema, **({} if default is None else {"default": default})}
     props["autoep_size"]["minimum"] = 1
     props["expert_tensor_parallel_size"].update({"minimum": 1, "maximum": 1})  # reserved; anything else raises

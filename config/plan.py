@@ -141,7 +141,8 @@ def owned_gradient_elements(sizes: tuple[int, ...], num_ranks: int) -> int:
     The flat buffer is cut into N equal parts without regard to parameters; a rank keeps every gradient that touches its
     part in full, up to twice the largest parameter more than Ψ/N. (DeepSpeedZeroOptimizer.get_all_grad_tensors.)
     """
-    part, worst = -(-sum(sizes) // num_ranks), 0
+    part = -(-sum(sizes) // num_ranks)
+    worst = 0
     for rank in range(num_ranks):
         first, kept = 0, 0
         for size in sizes:
@@ -181,7 +182,8 @@ def model_state_bytes(
     if stage == 0:
         return _states(p * num_params, p * num_params, (8 if precision == "fp32" else 12) * num_params)
 
-    parameters, optimizer = p * num_params, 12 * share
+    parameters = p * num_params
+    optimizer = 12 * share
     if stage == 1:
         gradients = p * num_params + (g * num_params if g != p else 0)
     elif stage == 2:
@@ -229,7 +231,8 @@ def activation_bytes(
     2·s·b·h in 16 bit, and one layer at a time is recomputed. Logits: their log-softmax, its gradient and their own
     gradient, each fp32: 12·s·b·V.
     """
-    width, tokens = DTYPE_BYTES[precision], seq_len * micro_batch
+    width = DTYPE_BYTES[precision]
+    tokens = seq_len * micro_batch
     layer = tokens * model.hidden * (factor or ACTIVATION_BYTES[model.family]) * width // 2
     kept = tokens * model.hidden * width if checkpointing else layer
     return {
@@ -249,8 +252,10 @@ def communication_bytes(model: Model, config: dict, num_ranks: int, precision: s
     Stage 0 flattens up to 5e8 gradients for its all-reduce; torch_autocast keeps 16-bit copies of the fp32 weights.
     (stage_1_and_2.py setup_buckets, stage3.py, partitioned_param_coordinator.py, engine.buffered_allreduce_fallback.)
     """
-    zero, width = config.get("zero_optimization", {}), DTYPE_BYTES[precision]
-    stage, gathered = zero.get("stage", 0), 0
+    zero = config.get("zero_optimization", {})
+    width = DTYPE_BYTES[precision]
+    stage = zero.get("stage", 0)
+    gathered = 0
     if stage == 0:
         buckets = 4 * min(500_000_000, model.num_params) if num_ranks > 1 else 0
     else:
@@ -270,7 +275,8 @@ def nvme_staging_bytes(zero: dict, share: float, precision: str) -> float:
     Parameters: buffer_count × buffer_size in the training precision; optimizer: buffer_count fp32 tensors of one
     sub-group. (partitioned_param_swapper.py, optimizer_utils.py; read, not measured.)
     """
-    staging, tile = 0.0, min(share, zero.get("sub_group_size", 1_000_000_000))
+    staging = 0.0
+    tile = min(share, zero.get("sub_group_size", 1_000_000_000))
     parameters, optimizer = zero.get("offload_param", {}), zero.get("offload_optimizer", {})
     if parameters.get("device") == "nvme":
         size = parameters.get("buffer_size", 100_000_000)
@@ -297,7 +303,8 @@ def predict(
     micro-batch left them; stage 3 keeps a buffer for them always.
     """
     zero = config.get("zero_optimization", {})
-    stage, share = zero.get("stage", 0), model.num_params / num_ranks
+    stage = zero.get("stage", 0)
+    share = model.num_params / num_ranks
     autocast = config.get("torch_autocast", {}).get("enabled", False)
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
     owned = owned_gradient_elements(model.sizes, num_ranks)
@@ -383,13 +390,13 @@ def gib(count: float) -> str:
 
 def arithmetic(model: Model, row: dict, args: argparse.Namespace) -> list[str]:
     """The prediction of one row, line by line."""
-    need, psi, n = row["need"], model.num_params, args.gpus
-    zero, width, stage, lines = (
-        row["config"]["zero_optimization"],
-        DTYPE_BYTES[args.precision],
-        row["need"]["stage"],
-        [],
-    )
+    need = row["need"]
+    psi = model.num_params
+    n = args.gpus
+    zero = row["config"]["zero_optimization"]
+    width = DTYPE_BYTES[args.precision]
+    stage = row["need"]["stage"]
+    lines = []
 
     def line(what: str, formula: str, count: float) -> None:
         if count:
@@ -418,7 +425,8 @@ def arithmetic(model: Model, row: dict, args: argparse.Namespace) -> list[str]:
     line("logits", f"12·s·b·V = 12 × {args.seq_len} × {args.micro_batch} × {model.vocab}", kept["logits"])
     for moment, count in need["moments"].items():
         line(f"= {moment}", "<- the peak" if count == need["peak"] else "", count)
-    states, staging = need["states"]["host"], need["host"] - need["states"]["host"]
+    states = need["states"]["host"]
+    staging = need["host"] - need["states"]["host"]
     line(
         "host, this rank",
         f"{states / psi * n:.4g}Ψ/N, N = {n}" + ", and buffers for NVMe" * bool(staging),

@@ -749,7 +749,8 @@ def run_one(case, deepspeed, torch, folder):
     torch.manual_seed(0)
     m = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     before = [p.detach().clone() for p in m.parameters()]
-    when, e = "initialize", None
+    when = "initialize"
+    e = None
     try:
         config = hf_fill(str(path)) if case.check.get("hf") else str(path)
         if getattr(case, "run", "") == "parse":

@@ -159,7 +159,8 @@ def _fork(commands: list[list[object]], envs: list[dict[str, str]], timeout: int
     """Fork a process for each command from the fork server; when one fails, or time is up, end them all."""
     with tempfile.TemporaryDirectory() as folder:
         processes = _start(commands, envs, Path(folder))
-        ends, late = time.monotonic() + timeout, False
+        ends = time.monotonic() + timeout
+        late = False
         while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes) and not late:
             time.sleep(0.05)
             late = time.monotonic() > ends

@@ -92,7 +92,9 @@ def make(day: str, recipe: Recipe) -> None:
         shell(line)
     command = re.sub(r"\$\((.*?)\)", lambda inner: shell(inner[1]).strip(), recipe.commands[-1])
     words = shlex.split(command)
-    results, run_dir, added = ROOT / day / "results", None, []
+    results = ROOT / day / "results"
+    run_dir = None
+    added = []
     if "--run_dir" in words:
         run_dir = ROOT / words[words.index("--run_dir") + 1]
     elif any(source and "/" not in source for source in recipe.files.values()):

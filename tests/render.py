@@ -89,7 +89,8 @@ def _table(name: str, rows: str, *columns: str) -> str:
             functools.reduce(lambda found, part: (found or {}).get(part), key.split("."), row) for row in result[rows]
         ]
         if spec == "MB":
-            spec, values = ",.2f", [value / 1e6 if value is not None else None for value in values]
+            spec = ",.2f"
+            values = [value / 1e6 if value is not None else None for value in values]
         cells.append([(heading or key).replace("_", " "), ":--" if isinstance(values[0], str) else "--:"])
         cells[-1] += ["–" if value is None else format(value, spec) for value in values]
     lines = ["| " + " | ".join(row) + " |" for row in zip(*cells, strict=True)]
@@ -103,7 +104,8 @@ def _runs(*names: str) -> str:
         result = json.loads(_read(name))
         held_out = [row["held_out_loss"] for row in result["rows"] if "held_out_loss" in row]
         steps = [row for row in result["rows"] if "loss" in row][1:]  # the first one pays for starting up
-        speed, versions = median(row["tokens_per_s"] for row in steps), result["versions"]
+        speed = median(row["tokens_per_s"] for row in steps)
+        versions = result["versions"]
         machine = f"{result['hardware']}, deepspeed {versions['deepspeed']}, torch {versions['torch']}"
         loss = f"{held_out[0]:.2f} → {held_out[-1]:.2f}"
         memory = f"{steps[-1]['memory_gib']:.2f}"

@@ -77,7 +77,8 @@ def why_not(config: dict, world_size: int, nvme_path: str | None) -> str | None:
 
 def adapt(config: dict, world_size: int, nvme_path: str) -> list[str]:
     """Change, in place, what this machine needs otherwise; return one sentence a change."""
-    changes, zero = [], config["zero_optimization"]
+    changes = []
+    zero = config["zero_optimization"]
     if zero.get("zero_hpz_partition_size", 1) > 1:
         zero["zero_hpz_partition_size"] = world_size
         changes.append(f"zero_hpz_partition_size = {world_size}: all ranks of this run are on one machine")
@@ -198,7 +199,8 @@ def train(name: str, config: dict, args) -> tuple[list[float], dict]:
     # Tensor-parallel ranks must see the same data; data-parallel ranks different data.
     data_rank = deepspeed.comm.get_rank() // max(1, engine.autotp_size())
     ids = batch(engine.train_micro_batch_size_per_gpu(), data_rank).to(engine.device)
-    losses, hpz = [], False
+    losses = []
+    hpz = False
     for _ in range(args.steps):
         for _ in range(engine.gradient_accumulation_steps()):
             loss = engine(input_ids=ids, labels=ids).loss
@@ -362,7 +364,8 @@ def main() -> None:
 
     results = {}
     for path in chosen:
-        name, config = path.stem, read_config(path)
+        name = path.stem
+        config = read_config(path)
         began = time.perf_counter()
         if reason := why_not(config, world_size, args.nvme_path):
             results[name] = {"ok": None, "skipped": reason}
