@@ -180,6 +180,23 @@ def test_the_screen_shows_the_plain_command_and_a_failure_whole(env_of_fakes):
     assert own.stdout.splitlines()[-1].endswith("OMP=5 DS=own W=error")
 
 
+@pytest.mark.parametrize(
+    "first, second, code",
+    [(0, 0, 0), (0, 5, 0), (5, 0, 0), (5, 5, 5), (1, 0, 1), (1, 5, 1), (0, 1, 1), (5, 1, 1), (1, 1, 1), (2, 0, 2)],
+)
+def test_make_test_fails_when_either_pass_does(env_of_fakes, first, second, code):
+    """Exit code 5 is "no such test", which one pass alone may say; 2 is Ctrl-C, after which no second pass starts."""
+    beside = f'*"--serial without -n "*) echo beside: $*; exit {first} ;;'
+    alone = f'*"--serial only"*) echo alone: $*; exit {second} ;;'
+    program(env_of_fakes / "bin/python", f'#!/bin/bash\ncase "$*" in {beside} {alone} esac\n')
+    done = run("make", "-s", "test-long", f"VENV={env_of_fakes}", "ARGS=-k 'a name'")
+    assert bool(done.returncode) == bool(code) and (not code or f"Error {code}" in done.stderr)
+    assert [line.split()[0] for line in done.stdout.splitlines() if ": -m pytest -m long " in line] == [
+        "beside:", "alone:",
+    ][: 1 if first == 2 else 2]  # fmt: skip
+    assert ("see the first of the two summaries" in done.stdout) == (first == 1)
+
+
 def test_a_terminal_stays_one(env_of_fakes):
     ours, theirs = pty.openpty()
     subprocess.run(["make", "day05", f"VENV={env_of_fakes}"], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
