@@ -303,6 +303,7 @@ def test_smollm2_knows_the_capital_of_france():
     assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
 
 
+@pytest.mark.launch
 def test_fits_asks_the_planner(tmp_path):
     run_warm("day22/labs/fits.py", "--run_dir", tmp_path)
     table = json.loads((tmp_path / "fits.json").read_text())["table"]

@@ -261,8 +261,9 @@ def train(engine, ids):
 for name, stage in (("tiny-llama", 1), ("tiny-qwen", 3)):
     engine = build(name, stage, torch.float32, True)
     train(engine, ids)
+    engine.eval()
     with torch.no_grad():
-        logits = engine.eval()(input_ids=ids).logits
+        logits = engine(input_ids=ids).logits
     save_adapter(engine.module, name, {folder!r} + "/" + name)
     if dist.get_rank() == 0:
         torch.save(logits, {folder!r} + "/" + name + ".pt")
