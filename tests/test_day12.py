@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,6 +286,15 @@ def test_the_fused_loss_is_the_plain_one():
         model.zero_grad()
     for plain, fused in zip(*gradients, strict=True):
         assert torch.allclose(plain, fused, atol=1e-5), (plain - fused).abs().max()
+
+
+def test_the_model_takes_the_fused_loss_from_its_day(monkeypatch):
+    """Without the kernel, which needs a GPU: whatever day12.loss offers is what the model uses."""
+    kernel = SimpleNamespace(linear_cross_entropy=lambda x, weight, targets, vocab_size: targets.sum() * 0 + vocab_size)
+    monkeypatch.setitem(sys.modules, "day12.loss", kernel)
+    model, ids = build_gpt("tiny", 4090), torch.zeros(2, 8, dtype=torch.long)
+    model.fused_loss = True
+    assert model(ids, ids).loss.item() == pytest.approx(4090 / 14)  # 2 x 7 positions have a next token
 
 
 @pytest.mark.parametrize("vocab_size", [4096, 4090], ids=["whole", "padded"])
