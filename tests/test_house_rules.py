@@ -110,7 +110,7 @@ def test_arrows(code):
 
 @pytest.mark.parametrize("day", sorted({script.parents[len(script.relative_to(ROOT).parts) - 2] for script in SCRIPTS}))
 def test_a_day_has_its_parts(day):
-    for name in ("notes.md", "notes.zh.md", "train.py", "exercise.py", "solution.py", "results"):
+    for name in ("notes.md", "notes.zh.md", "train.py", "exercise.py", "solution.py", "recipes.txt", "results"):
         assert (day / name).exists(), f"{day.name} has no {name}"
     assert (ROOT / f"tests/test_{day.name}.py").exists()
 
