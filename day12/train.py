@@ -61,7 +61,9 @@ def stretch_schedule(config: dict, num_steps: int) -> None:
     """Let the config's schedule end with the run, after `num_steps`: the warm-up keeps its share of it."""
     schedule = config.get("scheduler", {}).get("params", {})
     if "total_num_steps" in schedule:
-        share = schedule.get("warmup_num_steps", 0) / schedule["total_num_steps"]
+        if not isinstance(total := schedule["total_num_steps"], int) or total < 1:
+            raise UserError(f"total_num_steps {total!r} in the scheduler's params: an integer, 1 or more")
+        share = schedule.get("warmup_num_steps", 0) / total
         schedule |= {"total_num_steps": num_steps, "warmup_num_steps": max(1, round(share * num_steps))}
 
 

@@ -172,6 +172,10 @@ def test_the_schedule_follows_the_steps():
     import_module("day12.train").stretch_schedule(config, 60)
     assert config["scheduler"]["params"]["total_num_steps"] == 60
     assert config["scheduler"]["params"]["warmup_num_steps"] == 6  # a tenth, as in the file
+    for total in (0, "auto"):
+        config["scheduler"]["params"]["total_num_steps"] = total
+        with pytest.raises(UserError, match=f"total_num_steps {total!r} in the scheduler's params: an integer"):
+            import_module("day12.train").stretch_schedule(config, 60)
 
 
 def test_batches_continue_where_they_were():
