@@ -555,7 +555,7 @@ class Memory(torch.nn.Module):
 def test_choices_tell_a_model_that_knows_the_text_from_one_that_does_not(prepared):
     config, tokenizer = prepared[0], load_tokenizer("bpe4096")
     tokens = open_tokens(config, "held_out")
-    items = ev.make_items(tokens, 30, 4, 16, 8, seed=0)
+    items = ev.make_items(tokens, 16, 4, 16, 8, seed=0)
     documents = [ids.tobytes() for ids in tokens.documents()]
     for context, pieces in items:
         joined = np.concatenate([context, pieces[0]]).tobytes()

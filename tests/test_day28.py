@@ -99,7 +99,7 @@ def test_killed_while_it_exports_or_serves_the_same_command_ends_with_the_same_m
 @pytest.mark.parametrize(
     ("number", "answer", "sentence"),
     [
-        (0, lambda key, left, body, in_flight: 200 if json.loads(body) else 0, "ended with UnicodeDecodeError"),
+        (0, lambda key, left, body, _: len(json.loads(body)) * 200 if key == "right" else 401, "with JSONDecodeError"),
         (1, lambda values, share: values[len(values)], "ended with IndexError"),
         (2, lambda *_: None, "ended with TypeError"),
     ],
