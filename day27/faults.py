@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from common.errors import UserError
 
@@ -94,7 +95,7 @@ class Faults:
 
     def memory(self, engine, left_s: float) -> None:
         on_cpu = engine.device.type == "cpu"
-        held = psutil.Process().memory_info().rss if on_cpu else torch.cuda.memory_reserved(engine.device)
+        held = psutil.Process().memory_info().rss if on_cpu else get_accelerator().memory_reserved()
         if self.is_victim(engine) and held < 0.97 * self.memory_limit:
             self.ballast.append(torch.ones(GROWTH_BYTES // 4, device=engine.device))
 

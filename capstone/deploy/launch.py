@@ -21,7 +21,7 @@ import torch
 
 
 def main() -> None:
-    ranks = int(os.environ.get("RANKS") or torch.cuda.device_count() or 2)
+    ranks = int(os.environ.get("RANKS") or torch.accelerator.device_count() or 2)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

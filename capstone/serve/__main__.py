@@ -71,6 +71,7 @@ def api_keys() -> list[str]:
 
 
 def free_port() -> int:
+    """A port that nobody listens on. (bench/world.py's brings DeepSpeed along, which a server does without.)"""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
