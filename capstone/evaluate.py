@@ -226,10 +226,10 @@ def main() -> None:
     add_config_flags(parser)
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
+    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))  # before the first collective
     if "RANK" in os.environ:
         start_without_compiler()
         deepspeed.init_distributed()
-    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     device = torch.device(get_accelerator().current_device_name())
     report = {"model": show_path(args.model), "settings": config.evaluate.model_dump()}
     report |= evaluate(load_model(args.model, config), config, device)
