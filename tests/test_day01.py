@@ -4,6 +4,7 @@ import re
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import pytest
@@ -31,9 +32,9 @@ def test_check_env_says_what_to_do_when_deepspeed_is_not_there(monkeypatch, caps
     def import_all_but_deepspeed(name):
         if name == "deepspeed":
             raise ImportError("No module named deepspeed")
-        return sys.modules.get(name) or import_module(name)
+        return import_module(name)
 
-    monkeypatch.setattr(check_env.importlib, "import_module", import_all_but_deepspeed)
+    monkeypatch.setattr(check_env, "importlib", SimpleNamespace(import_module=import_all_but_deepspeed))
     monkeypatch.setattr(sys, "argv", ["check_env.py"])
     with pytest.raises(SystemExit, match="not ready: deepspeed missing"):
         check_env.main()

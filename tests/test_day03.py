@@ -129,7 +129,7 @@ def test_what_the_config_table_says_of_defaults():
     for page in NOTES:
         (maximum,) = re.findall(r"^\| `scheduler.params.warmup_min_lr`.*$", page, re.M)
         assert "`WarmupDecayLR`" in maximum and "0.001" in maximum and "`optimizer.params.lr`" in maximum
-        (autocast,) = re.findall(r"^\| `torch_autocast.enabled`.*$", page, re.M)
+        (autocast,) = re.findall(r"^\| `torch_autocast.enabled`.*`.dtype`.*$", page, re.M)
         assert "None" in autocast and "float16" in autocast
 
 

@@ -36,6 +36,8 @@ BACKENDS = {
     "cncl": "Cambricon",
     "xccl": "Intel GPUs",
     "ccl": "Intel, oneCCL",
+    "tccl": "Tecorigin",
+    "bccl": "Biren",
 }
 
 
