@@ -76,9 +76,13 @@ class UsageMeter:
     """What a run uses of this rank's device between two log lines: MFU, the data loader's share, GPU utilisation."""
 
     def __init__(self, log: RunLog, flops_per_token: int, device: torch.device) -> None:
-        self.log, self.flops, self.peak, self.device = log, flops_per_token, peak_flops(device), device
+        self.log = log
+        self.device = device
+        self.flops = flops_per_token
+        self.peak = peak_flops(device)
         self.gpu_utilisation, self.why_no_utilisation = utilisation_meter(device)
-        self.rows, self.data_s = [], 0.0
+        self.rows: list[dict] = []
+        self.data_s = 0.0
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -101,7 +105,9 @@ class UsageMeter:
         """Leave out of the next row, and of the log's tokens/s, what was done since the last one."""
         if self.device.type != "cpu":
             torch.get_device_module(self.device).synchronize()
-        self.log.tokens, self.log.since, self.data_s = 0, time.perf_counter(), 0.0
+        self.data_s = 0.0
+        self.log.tokens = 0
+        self.log.since = time.perf_counter()
 
     def summary(self) -> str:
         """Medians of the rows after the first, which pays for starting up, as one line for the terminal."""

@@ -68,7 +68,9 @@ def read_schedule(name: str, stages: int, micro_batches: int) -> list[list[Event
         raise UserError(f"{stages} stages x {micro_batches} micro-batches: both start at 1")
     found = []
     for stage in range(stages):
-        schedule, events, inside, forwards = SCHEDULES[name](micro_batches, stages, stage), [], {}, 0
+        schedule = SCHEDULES[name](micro_batches, stages, stage)
+        events, inside = [], {}
+        forwards = 0
         for tick, instructions in enumerate(schedule):
             for instruction in instructions:
                 kind, buffer = instruction.name, getattr(instruction, "buffer_id", None)
@@ -178,7 +180,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--send", type=float, default=0.0, help="time of a message; both sides are busy")
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES)[:2], help="what to draw")
     parser.add_argument("--instructions", action="store_true", help="print DeepSpeed's instructions, tick by tick")
-    parser.add_argument("--run_dir", default=default_run_dir("day15"), help="folder for metrics.jsonl and plots")
+    parser.add_argument("--run_dir", default=default_run_dir("day15"), help="folder for schedule.json and schedule.png")
     return parser.parse_args()
 
 
@@ -186,7 +188,9 @@ def main() -> None:
     args = parse_args()
     if not (args.forward > 0 and args.backward > 0 and args.send >= 0):
         raise UserError(f"--forward {args.forward} --backward {args.backward} --send {args.send}: times are positive")
-    p, m, table, drawn, longest = args.stages, args.micro_batches, [], {}, 0.0
+    p, m = args.stages, args.micro_batches
+    table, drawn = [], {}
+    longest = 0.0
     for name in args.schedules:
         drawn[name] = stages = read_schedule(name, p, m)
         ends = play(stages, args.forward, args.backward, args.send)

@@ -96,7 +96,8 @@ def main() -> None:
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=args.deepspeed_config)
     first, last = model.parts[engine.stage_id : engine.stage_id + 2]
     held = sum(parameter.numel() for parameter in model.parameters())
-    lines, line = [None] * ranks, f"stage {engine.stage_id} of {engine.num_stages} | layers {first} to {last - 1}"
+    line = f"stage {engine.stage_id} of {engine.num_stages} | layers {first} to {last - 1}"
+    lines = [None] * ranks
     dist.all_gather_object(lines, f"{line} of {len(specs)} | {held:,} parameters | {engine.device.type}")
     print0("\n".join(f"rank {rank}: {line}" for rank, line in enumerate(lines)))
     m, p = engine.micro_batches, engine.num_stages

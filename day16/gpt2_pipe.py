@@ -121,7 +121,8 @@ class CutPipeline(PipelineModule):
     def _partition_layers(self, method: str = "uniform") -> None:
         if not re.fullmatch(r"parts:\d+(,\d+)*", method):
             return super()._partition_layers(method)
-        self.parts, layers = [int(number) for number in re.findall(r"\d+", method)], len(self._layer_specs)
+        self.parts = [int(number) for number in re.findall(r"\d+", method)]
+        layers = len(self._layer_specs)
         rising = sorted({0, *self.parts, layers})
         if self.parts != rising or rising[-1] > layers or len(rising) != self.num_stages + 1:
             want = f"{self.num_stages + 1} rising numbers, 0 to {layers}"

@@ -32,10 +32,12 @@ def time_layers(
 
     `in_a_row` passes are timed together: a GPU is still busy with one while the host starts the next, as in a stage.
     """
-    specs, device = layer_specs(config), torch.device(get_accelerator().current_device_name())
+    specs = layer_specs(config)
+    device = torch.device(get_accelerator().current_device_name())
     labels = torch.randint(config.vocab_size, (micro_batch, config.n_positions), device=device)
     hidden = torch.randn(*labels.shape, config.n_embd, device=device, dtype=dtype)
-    ones, functions = torch.ones_like(hidden), []
+    ones = torch.ones_like(hidden)
+    functions = []
     for spec in (specs[index] for index in layers):
         with device:  # weights are drawn there, which takes a GPU seconds and a CPU minutes
             layer, forward_fn = spec.build().to(dtype), getattr(spec, "forward_fn", None)
@@ -113,7 +115,9 @@ class StageClock:
     """
 
     def __init__(self, engine) -> None:
-        self.engine, self.passes, self.ended = engine, [], 0.0
+        self.engine = engine
+        self.passes: list[float] = []
+        self.ended = 0.0
         timed = {kind: self._timed(engine._INSTRUCTION_MAP[kind]) for kind in (ForwardPass, BackwardPass)}
         engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | timed
 
@@ -130,7 +134,8 @@ class StageClock:
 
     def take(self) -> float:
         """Seconds in forward and backward passes since the last take()."""
-        total, self.passes = sum(self.passes), []
+        total = sum(self.passes)
+        self.passes = []
         return total
 
     def stop(self) -> None:

@@ -65,7 +65,11 @@ class Timeline:
     """Samples of what this rank holds: [{"step", "when", kind: bytes, ...}, ...]."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
-        self.engine, self.samples, self.saved, self.step, self.in_forward = engine, [], weakref.WeakSet(), 0, False
+        self.engine = engine
+        self.samples: list[dict] = []
+        self.saved: weakref.WeakSet[Saved] = weakref.WeakSet()
+        self.step = 0
+        self.in_forward = False
         for number, block in enumerate(engine.module.h):
             block.register_forward_hook(lambda block, inputs, out, number=number: self.after_block(number, out))
 
@@ -142,7 +146,8 @@ def main() -> None:
     print0(f"zero stage {engine.zero_optimization_stage()} | {model.num_params:,} parameters | {how}")
     sampler = DistributedSampler(blocks, seed=args.seed)  # each rank its own blocks
     loader = DataLoader(blocks, batch_size=engine.train_micro_batch_size_per_gpu(), sampler=sampler, drop_last=True)
-    timeline, batches = Timeline(engine), endless_batches(loader)
+    timeline = Timeline(engine)
+    batches = endless_batches(loader)
     print0(f"MB on rank 0: {'start':>12}{'most seen':>12}{'at':>14}{'end':>10}{'allocated':>12}{'reserved':>12}")
     for step in range(1, args.steps + 1):
         timeline.step = step

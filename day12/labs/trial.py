@@ -70,7 +70,8 @@ def make_config(args: argparse.Namespace, num_params: int) -> dict:
 
 def train(args: argparse.Namespace, device: torch.device) -> dict:
     """Train on random ids: memory and speed do not depend on what they say. Return losses and tokens/s. Collective."""
-    preset, vocabulary = get_preset(args.model), VOCABULARY.get(args.model, 50257)
+    preset = get_preset(args.model)
+    vocabulary = VOCABULARY.get(args.model, 50257)
     torch.manual_seed(args.seed)  # the same on every rank, so every rank builds the same weights
     with device:
         model = build_gpt(args.model, vocabulary)

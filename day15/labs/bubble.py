@@ -79,7 +79,8 @@ class SleepingLayer(torch.nn.Linear):
 
     def __init__(self, width: int, forward_s: float, backward_s: float) -> None:
         super().__init__(width, width)
-        self.forward_s, self.backward_s, self.kept, self.most_kept = forward_s, backward_s, 0, 0
+        self.forward_s, self.backward_s = forward_s, backward_s
+        self.kept = self.most_kept = 0  # micro-batches
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return Sleep.apply(super().forward(x), self)
@@ -130,7 +131,8 @@ def main() -> None:
     keep_every_loss(engine)
     (layer,) = model.forward_funcs
     print0(f"{stages} stages | forward {args.forward} s, backward {args.backward} s | {engine.device.type}")
-    sent, batch = [], (torch.ones(SHAPE), torch.zeros(SHAPE))
+    batch = torch.ones(SHAPE), torch.zeros(SHAPE)
+    sent: list[int] = []
     count_sent(sent)
     table = Table(Path(args.run_dir) / "bubble.json", COLUMNS, stages=stages)
     for name in ("1f1b", "gpipe"):
@@ -146,7 +148,8 @@ def main() -> None:
             kept = [None] * stages
             dist.all_gather_object(kept, layer.most_kept)
             computed = play(read_schedule(name, stages, micro_batches), args.forward, args.backward)
-            measured, work = median(seconds[1:]), micro_batches * (args.forward + args.backward)
+            measured = median(seconds[1:])
+            work = micro_batches * (args.forward + args.backward)
             with table.row(f"{name}, m {micro_batches}", schedule=name, micro_batches=micro_batches) as row:
                 row |= {"seconds": measured, "computed_s": computed}
                 row |= {"bubble": 1 - work / measured, "formula": (stages - 1) / (micro_batches + stages - 1)}

@@ -72,7 +72,8 @@ def all_cuts(shape: GPT2Config, stages: int, costs: list[float]) -> dict[tuple[i
 def train(model: gpt2.CutPipeline, config: dict, ids: torch.Tensor, steps: int) -> tuple[list[float], list[float], int]:
     """(seconds of the steps, seconds this rank computes for a micro-batch in them, sequences of a step); 1 warms up."""
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    clock, seconds, busy = StageClock(engine), [], []
+    clock = StageClock(engine)
+    seconds, busy = [], []
     for _ in range(steps):
         dist.barrier()
         seconds.append(time_step(lambda: engine.train_batch(iter([(ids, ids)] * engine.micro_batches)))[0])
@@ -142,7 +143,8 @@ def main() -> None:
         row["gain"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
         table.add(row)
     if dist.get_rank() == 0:
-        what, folder = f"{args.model}, {shape.n_layer} blocks, {stages} stages", Path(args.run_dir)
+        what = f"{args.model}, {shape.n_layer} blocks, {stages} stages"
+        folder = Path(args.run_dir)
         plot_bars({layer["layer"]: layer["ms"] for layer in layers}, folder / "layers.png", what, "ms a micro-batch")
         bars = {f"{r['cut']}: stage {i}": float(ms) for r in rows for i, ms in enumerate(r["stage_ms"].split())}
         plot_bars(bars, folder / "stages.png", what, "ms forward and backward a micro-batch")

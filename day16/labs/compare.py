@@ -71,7 +71,9 @@ def waits(engine, step: Callable, steps: int) -> tuple[float, float]:
 
     The pipeline's time ends with the first stage's last backward pass: bubbles are in there, the optimizer is not.
     """
-    clock, waited, explained, micro_batches = StageClock(engine), [], [], engine.micro_batches
+    micro_batches = engine.micro_batches
+    clock = StageClock(engine)
+    waited, explained = [], []
     for _ in range(steps):
         dist.barrier()
         start = time.perf_counter()

@@ -98,7 +98,8 @@ def largest(difference: float | None) -> float | None:
 
 def build(shape: GPT2Config, case: dict, start: dict[str, torch.Tensor]) -> gpt2.CutPipeline:
     """This rank's stage, cut as the case says, with the weights `start`."""
-    method, layers = case["method"], len(gpt2.layer_names(shape))
+    method = case["method"]
+    layers = len(gpt2.layer_names(shape))
     if method == "balanced":
         method = gpt2.best_balanced(profile_layers(shape, 1, repeats=3), case["stages"])
     elif method == "head alone":  # as uneven as it gets: one layer for each stage but the first
@@ -140,7 +141,8 @@ def weights_in_and_out(engine, whole, start: dict[str, torch.Tensor], ids: torch
 
 def compare_weights(module: gpt2.CutPipeline, whole: GPT2LMHeadModel) -> dict:
     """How far the weights are from those of the whole model, and the embedding's copies from each other. Collective."""
-    found, last = as_in_the_whole(module, whole.config, whole.state_dict()), len(gpt2.layer_names(whole.config)) - 1
+    found = as_in_the_whole(module, whole.config, whole.state_dict())
+    last = len(gpt2.layer_names(whole.config)) - 1
     differences = [(ours - theirs).abs().max().item() for _, ours, theirs in found]
     ends = [ours.cpu() for index, ours, _ in found if index in (0, last)]
     copies = [copy for ends_of_rank in gpt2.from_all_ranks(ends) for copy in ends_of_rank]
@@ -160,7 +162,8 @@ def norm_of_the_first_stage(module, whole, batches: torch.Tensor, config: dict, 
 
 def run(name: str, case: dict, shape: GPT2Config, batches: torch.Tensor, args: argparse.Namespace) -> dict:
     """Train one case as a pipeline and in one piece; its row. `batches`: (steps + 1, global batch, tokens)."""
-    config, pipelines = case["config"], dist.get_world_size() // case["stages"]
+    config = case["config"]
+    pipelines = dist.get_world_size() // case["stages"]
     whole = gpt2.whole_model(shape, args.seed).to(batches.device)
     start = {key: value.clone() for key, value in whole.state_dict().items()}
     module = build(shape, case, start)
