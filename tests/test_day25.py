@@ -1,5 +1,6 @@
 """Day 25: one config, data that is the same after any kill, an evaluation that agrees with arithmetic, end to end."""
 
+import argparse
 import json
 import math
 import multiprocessing
@@ -22,7 +23,7 @@ import yaml
 from capstone import evaluate as ev
 from capstone import prepare as prep
 from capstone import text as tx
-from capstone.config import ROOT, Config, as_yaml, load_config
+from capstone.config import ROOT, Config, add_base_flags, as_yaml, load_config, resolve
 from capstone.data import Blocks, Tokens, load_blocks, open_tokens, train_batches
 from common.data import load_tokenizer
 from common.errors import UserError, clear_errors
@@ -112,6 +113,19 @@ def test_a_deepspeed_file_takes_the_place_of_the_section(tmp_path):
             load_config(overrides=[f"deepspeed={file}"])
     with pytest.raises(UserError, match="deepspeed is 'none.json': neither a section nor a JSON file"):
         load_config(overrides=["deepspeed=none.json"])
+
+
+def test_flags_are_short_names_of_keys_and_overrides_go_before_them(monkeypatch, tmp_path):
+    parser = argparse.ArgumentParser()
+    add_base_flags(parser)
+    words = ["--steps", "7", "train.seed=5", "--seed", "4", "--run_dir", str(tmp_path)]
+    words += ["--deepspeed_config", "day02/ds_config.json"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    more = {"deepspeed.zero_optimization.stage": 2, "train.steps": 9, "monitor.port": 9400}
+    config = resolve(parser.parse_intermixed_args(words), more)
+    assert (config.train.steps, config.train.seed, config.train.log_every) == (7, 5, 50)
+    assert config.run_path == tmp_path and config.monitor.port == 9400
+    assert config.deepspeed["zero_optimization"]["stage"] == 2, "what goes with the JSON changes it"
 
 
 def test_both_shipped_configs_are_right():
