@@ -235,10 +235,12 @@ sys.path.insert(0, {root!r})
 import deepspeed, torch, torch.distributed as dist
 from transformers.integrations import HfDeepSpeedConfig
 from bench.world import join_world
-from day22.pretrained import load_model
+from day22.pretrained import load_model, locate
 from day23.lora import add_lora, save_adapter
 
 join_world()
+for name in ("tiny-llama", "tiny-qwen"):
+    locate(name)  # writes the model, where it is not yet: not in parts
 ids = torch.arange(4080, 4098).view(1, -1)  # the last two are new
 
 def build(name, stage, dtype, new_tokens):
