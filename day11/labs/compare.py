@@ -123,6 +123,7 @@ def measure(case: str, blocks, held_out_blocks, vocab_size: int, args: argparse.
             step_s, loss = time_step(partial(train_step, engine, batch))
             seconds.append(step_s)
         losses.append(over_ranks(loss.item(), device))
+        del loss  # or the next step's look would count it
     peak = None if device.type == "cpu" else over_ranks(peak_bytes(device), device, "max")
     total = {kind: sum(precisions.values()) for kind, precisions in found["held"].items()}
     precision = {kind: max(of, key=of.get) if total[kind] else "–" for kind, of in found["held"].items()}
