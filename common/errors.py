@@ -25,12 +25,11 @@ HINTS = {
     r"Expected a string path to an existing deepspeed config.*": "look at the path after --deepspeed_config",
     r"FileNotFoundError: .*\.json'": "look at the path after --deepspeed_config",
     r"(Hjson|JSON)DecodeError.*": f"the config is not valid JSON, look for a missing comma, quote or brace; {CHECK}",
-    r"Duplicate keys in DeepSpeed config.*": "keep one of them",
     r"batch_size should be a positive integer.*": "a batch has at least one sequence",
     r"(?s)ValidationError: .*": f"a value in the config is not of the kind DeepSpeed accepts; {CHECK}",
     r"Type fp16 is not supported on your device": "use bf16 in the config, or a GPU",
     r"Current loss scale already at minimum.*": "inf or nan in forward: bf16, a lower lr, a look at the data: day 11",
-    r"bfloat16 and fp16 modes cannot be simultaneously enabled": "keep one of them",
+    r"Duplicate keys in DeepSpeed config.*|bfloat16 and fp16 modes cannot be simultaneously.*": "keep one of them",
     r"ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism": "zero_optimization.stage 0 or 1: day 15",
     r"Only train_batch\(\) is accessible in pipeline mode": "engine.train_batch(data_iter), once a step: day 15",
     r"num_stages \(\d+\) must divide distributed world size \(\d+\)": "another --stages, or more ranks: day 15",
@@ -81,10 +80,8 @@ def _open_todo(error: BaseException | None) -> str | None:
     """Which TODO of an exercise still raises: `error` itself, or what it was raised from. None when it is not that."""
     while error is not None and not isinstance(error, NotImplementedError):
         error = error.__context__
-    if error is None:
-        return None
-    raised = traceback.extract_tb(error.__traceback__)[-1]
-    if raised.line != "raise NotImplementedError":
+    raised = traceback.extract_tb(error.__traceback__)[-1] if error else None
+    if not raised or raised.line != "raise NotImplementedError":
         return None
     above = Path(raised.filename).read_text().splitlines()[: raised.lineno]
     todo = re.findall(r"TODO \d+", "\n".join(above)) or ["a TODO"]
