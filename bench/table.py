@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 
 from bench.memory import is_out_of_memory
+from bench.results import this_command, write_results
 from common.plots import plot_bars
 from common.ranks import print0
-from common.results import this_command, write_results
 from common.run_log import show_path
 
 UNITS = {"MB": 1e6, "GB": 1e9, "GiB": 2**30}

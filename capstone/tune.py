@@ -30,10 +30,10 @@ from deepspeed.accelerator import get_accelerator
 from filelock import FileLock, Timeout
 
 from bench.memory import NO_ROOM
+from bench.results import machine, write_results
 from bench.world import default_ranks, end_session, launch_command
 from capstone.config import Config, add_config_flags, as_yaml, deepspeed_section, fingerprint, load_config
 from common.errors import UserError, clear_errors
-from common.results import machine, write_results
 from common.run_log import ROOT, show_path
 from config.plan import GIB, gpt2_model, predict
 from day17.checkpoints import write_whole

@@ -21,9 +21,9 @@ from deepspeed.runtime.pipe import schedule as ds
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.results import this_command, write_results
 from common.errors import UserError, clear_errors
 from common.plots import plt
-from common.results import this_command, write_results
 from common.run_log import default_run_dir, show_path
 
 LETTER = {"ForwardPass": "F", "BackwardPass": "B", "LoadMicroBatch": "load", "OptimizerStep": "step"}

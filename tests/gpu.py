@@ -24,9 +24,9 @@ from pathlib import Path
 
 from deepspeed.accelerator import get_accelerator
 
+from bench.results import write_results
 from bench.world import launch_command
 from common.errors import UserError, clear_errors
-from common.results import write_results
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ROOT / "tests/programs.txt"

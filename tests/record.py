@@ -16,9 +16,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from bench.results import machine, write_results
 from common.errors import UserError, clear_errors
 from common.plots import plot_loss
-from common.results import machine, write_results
 from common.run_log import parse_lines
 from tests.launch import PATH, ROOT
 

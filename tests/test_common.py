@@ -20,12 +20,12 @@ import transformers
 
 import common.data
 from bench.held import bucket_tensors, live_tensor_bytes
+from bench.results import this_command, write_results
 from common import cpu, plots
 from common.data import TokenBlocks, endless_batches, held_out_loss, load_corpus, load_tokenizer
 from common.errors import UserError, clear_errors
 from common.model import PRESETS, build_model
 from common.plots import plot_bars, plot_loss
-from common.results import this_command, write_results
 from common.run_log import RunLog, parse_lines, read_rows
 from tests.render import ROOT
 

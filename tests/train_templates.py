@@ -30,8 +30,8 @@ from deepspeed.utils import get_z3_leaf_modules
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bench.results import this_command, write_results
 from common.cpu import start_without_compiler
-from common.results import this_command, write_results
 from config.read import read_config
 
 TEMPLATES = sorted(path for path in (ROOT / "config").glob("*.json") if path.name != "ds_config.schema.json")

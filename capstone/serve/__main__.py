@@ -133,7 +133,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or (self.closes is not None and time.monotonic() >= self.closes)
 
 
-def serve(args: argparse.Namespace, backend: str, process: subprocess.Popen | None) -> int:
+def serve(args: argparse.Namespace, door: socket.socket, backend: str, process: subprocess.Popen | None) -> int:
     tokenizer, name = (
         AutoTokenizer.from_pretrained(args.model, local_files_only=True),
         read_manifest(args.model)["model"],
@@ -160,7 +160,7 @@ def serve(args: argparse.Namespace, backend: str, process: subprocess.Popen | No
         f"serve: {name} at http://{args.host}:{args.port} | {show_path(args.model)} | model server {backend}",
         flush=True,
     )
-    server.run()
+    server.run(sockets=[door])
     print(f"serve: {'drained' if not server.lost else 'stopped'}", flush=True)
     return int(server.lost)
 
@@ -177,19 +177,19 @@ def main() -> None:
         raise UserError(f"--backend {args.backend}: want an address such as http://127.0.0.1:8001")
     if problem := problem_with(args.model):
         raise UserError(f"{show_path(args.model)}: {problem}: python -m capstone.export RUN {show_path(args.model)}")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket() as door:  # ours from here on: the model takes its time to load, and somebody else might bind
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((args.host, args.port))
+            door.bind((args.host, args.port))
         except OSError as error:
             raise UserError(
                 f"cannot listen on {args.host}:{args.port} ({error.strerror}): choose another --port"
             ) from None
-    if args.backend:
-        sys.exit(serve(args, args.backend, None))
-    with model_server(args.model.resolve(), args.device) as (backend, process):
+        if args.backend:
+            sys.exit(serve(args, door, args.backend, None))
         args.model = args.model.resolve()
-        code = serve(args, backend, process)
+        with model_server(args.model, args.device) as (backend, process):
+            code = serve(args, door, backend, process)
     sys.exit(code)
 
 

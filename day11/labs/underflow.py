@@ -22,12 +22,12 @@ from torch.utils.data import DataLoader, DistributedSampler
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.results import this_command, write_results
 from bench.world import join_world
 from common.data import endless_batches, load_corpus, load_tokenizer, to_device
 from common.errors import UserError, clear_errors
 from common.model import build_model, get_preset
 from common.ranks import print0
-from common.results import this_command, write_results
 from common.run_log import default_run_dir, show_path
 from config.read import read_config
 from day11.precision import emulate_fp16

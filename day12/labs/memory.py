@@ -26,13 +26,13 @@ HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 from bench.held import bucket_tensors, bytes_by_kind, live_tensors
+from bench.results import this_command, write_results
 from bench.world import join_world
 from common.data import endless_batches, load_corpus, load_tokenizer, to_device
 from common.errors import UserError, clear_errors
 from common.model import get_preset
 from common.plots import plt
 from common.ranks import print0
-from common.results import this_command, write_results
 from common.run_log import default_run_dir, show_path
 from day12.gpt import build_gpt
 

@@ -24,10 +24,10 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.results import this_command, write_results
 from bench.world import join_world
 from common.errors import clear_errors
 from common.ranks import print0, require_launcher
-from common.results import this_command, write_results
 from common.run_log import default_run_dir
 from config.read import read_config
 

@@ -24,12 +24,12 @@ from deepspeed.accelerator import get_accelerator
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.results import this_command, write_results
 from bench.timing import ratio, take_turns
 from bench.world import join_world
 from common.data import to_device
 from common.errors import UserError, clear_errors
 from common.ranks import print0
-from common.results import this_command, write_results
 from common.run_log import default_run_dir, show_path
 from config.read import read_config
 from day22.chat_data import answers, collate, endless_order, load_chat

@@ -25,9 +25,9 @@ import psutil
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.results import this_command, write_results
 from bench.world import command_of, default_ranks, end_session, free_port, launch_command, process_tree
 from common.errors import UserError, clear_errors
-from common.results import this_command, write_results
 from common.run_log import default_run_dir, show_path
 from day27.faults import EXPECTED, FOLLOWS, read_faults
 from day27.prometheus import ROOT, Prometheus, seconds

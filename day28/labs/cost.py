@@ -17,8 +17,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.results import this_command, write_results
 from common.errors import UserError, clear_errors
-from common.results import this_command, write_results
 from common.run_log import default_run_dir, show_path
 
 
