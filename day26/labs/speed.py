@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 from bench.results import this_command, write_results
-from bench.world import default_ranks, launch_command
+from bench.world import default_ranks, free_port, launch_command
 from capstone.config import ROOT, TINY, load_config
 from common.errors import UserError, clear_errors
 from common.run_log import default_run_dir, read_rows
@@ -56,7 +56,7 @@ def main() -> None:
         raise UserError(f"--steps {args.steps}, --turns {args.turns}: take 3 x --log_every or more, and 1 or more")
     alike = {
         "model.code": "lean", "data.sources": "[data/moby_dick.jsonl.xz, data/sotu.jsonl.xz]",
-        "data.folder": folder / "data", "data.held_out_share": 0.05, "monitor.port": 9400,
+        "data.folder": folder / "data", "data.held_out_share": 0.05, "monitor.port": free_port(args.ranks),
         "train.steps": args.steps, "train.log_every": args.log_every, "train.eval_every": NEVER,
         "train.global_batch": 0, "deepspeed.gradient_accumulation_steps": 1, "checkpoint.save_every": NEVER,
         "evaluate.max_blocks": 16, "evaluate.items": 10, "evaluate.sample_tokens": 8,
