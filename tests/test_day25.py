@@ -295,6 +295,34 @@ def test_text_files_and_packed_files_are_read(tmp_path):
     assert [text for text, _ in tx.read_file(tmp_path / "a.txt", "text", "file")] == ["\n\n".join(paragraphs)]
 
 
+def test_encodings_kinds_of_files_and_saved_splits(prepared, corpus, tmp_path, capsys):
+    """The reader of the days (data/documents.py): the same documents whatever they come in, and nothing in silence."""
+    import datasets
+
+    texts = [f"café 道 {json.loads(line)['text']}" for line in (corpus / "b.jsonl").read_text().splitlines()]
+    rows, paragraphs = datasets.Dataset.from_dict({"text": texts}), "\n\n".join(texts)
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    rows.select(range(10)).to_csv(folder / "a.csv")
+    rows.select(range(10, 20)).to_parquet(folder / "b.parquet")
+    (folder / "c.md").write_text("\n\n".join(texts[20:]))
+    (folder / "setup.py").write_text("pass")
+    datasets.DatasetDict({"train": rows, "test": rows.select(range(3))}).save_to_disk(tmp_path / "both")
+    (tmp_path / "d.txt").write_bytes(paragraphs.encode("gb18030"))
+    (tmp_path / "e.txt").write_bytes(paragraphs.encode("utf-16"))
+    settings = ["data.held_out_share=0.3", "data.workers=1", "data.text_documents=paragraph"]
+    sources = {"mixed": [], "both": [], "d.txt": ["data.encoding=gb18030"], "e.txt": []}
+    found = {}
+    for name, more in sources.items():
+        config = config_of(tmp_path / f"data_{name}", f"data.sources=[{tmp_path / name}]", *settings, *more)
+        found[name] = prep.prepare(config)["files"]
+    assert found["mixed"] == found["both"] == found["d.txt"] == found["e.txt"]
+    said = capsys.readouterr().out
+    assert "left out: 1 .py file(s)" in said and "the split 'train' of train, test" in said
+    with pytest.raises(UserError, match=r"byte 0x\w\w at offset 3 is no utf-8; gb18030 would do.*data.encoding"):
+        prep.prepare(config_of(tmp_path / "f", f"data.sources=[{tmp_path / 'd.txt'}]", *settings))
+
+
 def test_a_damaged_source_gets_one_sentence(tmp_path):
     import gzip
     import lzma
