@@ -194,6 +194,7 @@ def test_bad_configs_get_one_sentence(zero, sentence, tmp_path):
     ("flags", "sentence"),
     [
         (["--global_batch", 7], "--global_batch 7 does not divide by 2 ranks"),
+        (["--steps", 5], "--steps 5: at least 6, as the first five warm up"),
         (["--cases", "zero4"], "--cases zero4: none of ddp, fsdp2, zero0"),
         (["--cases", "no.json"], "no config file 'no.json'"),
     ],
@@ -201,6 +202,13 @@ def test_bad_configs_get_one_sentence(zero, sentence, tmp_path):
 def test_bad_flags_of_compare_get_one_sentence(flags, sentence, tmp_path):
     run = run_ranks("day07/labs/compare.py", *flags, *SMALL, "--run_dir", tmp_path, ranks=2, check=False)
     assert error_line(run).startswith(sentence)
+
+
+@pytest.mark.launch
+def test_a_window_as_long_as_the_run_gets_one_sentence(tmp_path):
+    flags = ["--steps", 4, "--window", 4, *SMALL, "--run_dir", tmp_path]
+    run = run_ranks("day07/labs/speed.py", *flags, check=False)
+    assert error_line(run).startswith("--steps 4: more than --window 4, as the first window is not timed")
 
 
 OFFLOAD = """

@@ -261,10 +261,16 @@ def test_bad_configs_get_one_sentence(change, sentence, tmp_path):
 
 
 @pytest.mark.launch
-def test_a_batch_that_cannot_be_cut_gets_one_sentence(tmp_path):
-    flags = ["--accumulations", 3, *SMALL, "--run_dir", tmp_path]
-    run = run_ranks("day10/labs/compare.py", *flags, ranks=2, check=False)
-    assert error_line(run) == "--global_batch 16 cannot be cut into 3 micro-batches x 2 ranks"
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--accumulations", 3], "--global_batch 16 cannot be cut into 3 micro-batches x 2 ranks"),
+        (["--steps", 2], "--steps 2: at least 3, as the first two warm up and are not timed"),
+    ],
+)
+def test_bad_flags_of_compare_get_one_sentence(flags, sentence, tmp_path):
+    run = run_ranks("day10/labs/compare.py", *flags, *SMALL, "--run_dir", tmp_path, ranks=2, check=False)
+    assert error_line(run) == sentence
 
 
 @pytest.mark.launch
