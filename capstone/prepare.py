@@ -311,7 +311,7 @@ def prepare(config: Config) -> dict:
         for place in {path.parent for path in folder.rglob("*.bin")} | {folder}:
             flush(place)
         write_whole(folder / MANIFEST, with_own_sum(manifest))
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)  # a rank that has seen the manifest removes it as well
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     print(f"prepare: {summary(manifest)} | {manifest['dtype']} | largest process {peak / 2**20:.2f} GiB")
     return manifest
