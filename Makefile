@@ -131,7 +131,7 @@ test-fast: $(MODEL) $(SERVE)  ## the tests that launch nothing (seconds)
 
 # Where the machine has cores to spare, several days at a time share its accelerators.
 JOBS ?= $(if $(DEVICES),4,1)
-test-gpu: $(STAMP)  ## the tests marked gpu, then every program of every day on all accelerators (minutes)
+test-gpu: $(MODEL) $(SERVE)  ## the tests marked gpu, then every program of every day on all accelerators (minutes)
 	$(THREADS) $(BIN)/python -m pytest -m gpu $(ARGS)
 	$(THREADS) $(BIN)/python -m tests.gpu --jobs $(JOBS) --out tests/results/gpu_$(LABEL).json
 

@@ -50,10 +50,11 @@ def saved_for_backward(parameters: Iterable[torch.Tensor]) -> Iterator[dict[torc
         found[dtype] = found.get(dtype, 0) + size
 
 
-def free(device: torch.device, keep: Iterable[int] = ()) -> None:
-    """Empty what a case made: `engine.destroy()` leaves the tensors of stage 3 alive (0.19.8).
+def free(device: torch.device, keep: Iterable[int]) -> None:
+    """Empty what a case made on `device`: `engine.destroy()` leaves the tensors of stage 3 alive (0.19.8).
 
-    `keep`: addresses from `live_tensors(device)` that were there before and are to stay.
+    `keep`: what was there before and is to stay, `live_tensors(device)` taken before the case. (Python objects from
+    before a `gc.freeze()` stay as well.)
     """
     gc.collect()
     keep = set(keep)
@@ -69,27 +70,28 @@ def status_bytes(name: str) -> int:
 
 
 def limit_memory(limit: int | None, device: torch.device) -> int:
-    """Let this rank take `limit` bytes from now on (None: all there is), and count its peak anew.
+    """Let this rank take `limit` bytes more from now on (None: all there is), and count its peak anew.
 
-    Return what it holds already, which `peak_bytes` takes off. The limit is PyTorch's on a GPU, Linux's on a CPU.
+    Return the bytes that it holds already, which `peak_bytes` takes off. The limit is PyTorch's on a GPU, where a
+    share of the card is the unit, and Linux's on a CPU, for private memory.
     """
     if device.type == "cpu":
         ctypes.CDLL(None).mallopt(-3, 2**16)  # glibc: each tensor over 64 KiB its own mapping, given back when freed
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        if limit:
-            hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-            resource.setrlimit(resource.RLIMIT_DATA, (status_bytes("VmData") + limit, hard))
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (status_bytes("VmData") + limit if limit else hard, hard))
         return status_bytes("VmRSS")
     get_accelerator().reset_peak_memory_stats()
-    if limit:
-        share = min(1.0, limit / get_accelerator().total_memory())
-        torch.get_device_module(device).set_per_process_memory_fraction(share, device)
-    return 0
+    held = get_accelerator().memory_allocated()
+    share = min(1.0, (held + limit) / get_accelerator().total_memory()) if limit else 1.0
+    torch.get_device_module(device).set_per_process_memory_fraction(share, device)
+    return held
 
 
 def peak_bytes(device: torch.device, held: int = 0) -> int:
-    """The most that this rank has taken since `limit_memory` returned `held`."""
-    return status_bytes("VmHWM") - held if device.type == "cpu" else get_accelerator().max_memory_allocated()
+    """The most bytes that this rank has held since `limit_memory` returned `held`, less those."""
+    most = status_bytes("VmHWM") if device.type == "cpu" else get_accelerator().max_memory_allocated()
+    return most - held
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -97,8 +99,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(NO_ROOM.search(str(error)))
 
 
-def leave_out_of_memory(error: BaseException) -> None:
-    """Print one line, `no memory: ...`, and end this process at once: the other ranks wait for it in vain."""
-    sys.stdout.write(f"no memory: rank {os.environ['RANK']}: {type(error).__name__}: {' '.join(str(error).split())}\n")
-    sys.stdout.flush()
-    os._exit(1)
+@contextmanager
+def out_of_memory_ends() -> Iterator[None]:
+    """When memory runs out within: one line, `no memory: ...`, and this process ends at once.
+
+    The other ranks wait for it in vain, and whoever started them ends them. Other errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        sys.stdout.write(f"no memory: rank {os.environ['RANK']}: {what}\n")
+        sys.stdout.flush()
+        os._exit(1)

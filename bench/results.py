@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -27,10 +28,12 @@ def machine() -> dict:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        hardware = f"{len(names)} x {names[0]}"
-        versions["cuda"] = torch.version.cuda
+    if torch.accelerator.is_available():  # of any make
+        kind = torch.accelerator.current_accelerator().type
+        name = getattr(torch.get_device_module(kind), "get_device_name", lambda: kind)()
+        hardware = f"{torch.accelerator.device_count()} x {name}"
+        if torch.version.cuda:
+            versions["cuda"] = torch.version.cuda
     else:
         hardware = f"{cpu}, {os.cpu_count()} cores"
     return {"hardware": hardware, "versions": versions, "date": date.today().isoformat()}
@@ -47,7 +50,7 @@ def this_command() -> str:
         del words[at : at + 2]
     words = [word for word in words if not word.startswith(("--local_rank", "--run_dir="))]
     program = f"deepspeed --num_accelerators {os.environ['WORLD_SIZE']}" if "WORLD_SIZE" in os.environ else "python"
-    return " ".join([program, show_path(script), *words])
+    return f"{program} {shlex.join([show_path(script), *words])}"
 
 
 def write_results(path: str | Path, command: str, **values) -> None:
@@ -55,4 +58,6 @@ def write_results(path: str | Path, command: str, **values) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     known = {"command": command, **machine(), "omp_num_threads": os.environ.get("OMP_NUM_THREADS")}
-    path.write_text(json.dumps(known | values, indent=2, ensure_ascii=False) + "\n")
+    partial = path.with_suffix(".partial")  # renamed when whole: a run killed while it writes keeps the rows before
+    partial.write_text(json.dumps(known | values, indent=2, ensure_ascii=False) + "\n")
+    partial.replace(path)

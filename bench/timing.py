@@ -47,6 +47,11 @@ def ratio(baseline: list[tuple[float, T]], case: list[tuple[float, T]], warm_up:
     return median(theirs / ours for (theirs, _), (ours, _) in pairs)
 
 
+def losses_apart(one: list[float], other: list[float]) -> float:
+    """The largest difference between two runs' losses, step by step."""
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
 def slowest_median(seconds: list[float], device: torch.device, warm_up: int = 0) -> float:
     """The median of `seconds` without the first `warm_up`, on the rank where it is largest. Collective."""
     return over_ranks(median(seconds[warm_up:] or seconds), device, "max")

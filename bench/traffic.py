@@ -18,8 +18,9 @@ from deepspeed.comm import comm
 def ring_share(operation: str, ranks: int) -> float:
     """Bytes that a rank sends in a ring, per byte of the size that DeepSpeed logs.
 
-    The log has the whole tensor's size for all-reduce, reduce and reduce-scatter, a rank's part for all-gather. A ring
-    all-reduce sends it twice less 1/N, a reduce or reduce-scatter once less 1/N, an all-gather N - 1 times.
+    For messages among all ranks. The log has the whole tensor's size for all-reduce, reduce and reduce-scatter, a
+    rank's part for all-gather. A ring all-reduce sends it twice less 1/N, a reduce or reduce-scatter once less 1/N,
+    an all-gather N - 1 times. Raises ValueError for an operation without a formula.
     """
     part = (ranks - 1) / ranks
     share = {"all_reduce": 2 * part, "reduce": part, "reduce_scatter_tensor": part, "broadcast": 0.0}

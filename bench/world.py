@@ -2,7 +2,7 @@
 
     device = join_world()                                              # in a script that `deepspeed` started
     done = launch(2, "day03/train.py", "--steps", 20)                  # from a script that starts others
-    processes = start_ranks(2, "day12/labs/trial.py", "--stage", 1)    # the same without the launcher's seconds
+    ended = run_ranks(2, "day12/labs/trial.py", "--stage", 1)          # the same without the launcher's seconds
 
 Checked with deepspeed 0.19.8. Source: deepspeed/launcher/runner.py and launch.py.
 """
@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
@@ -71,36 +72,41 @@ def launch(ranks: int, *words: object, port: int | None = None) -> subprocess.Co
     done = subprocess.run(launch_command(ranks, *words, port=port), capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "Error" in line or line.startswith("error: ")]
-        raise UserError(lines[-1] if lines else f"exit code {done.returncode}: {done.stderr[-500:]}")
+        last = lines[-1].removeprefix("error: ") if lines else f"exit code {done.returncode}: {done.stderr[-500:]}"
+        raise UserError(last)
     return done
 
 
-def start_ranks(ranks: int, *words: object, port: int | None = None) -> list[subprocess.Popen]:
-    """Start a script on `ranks` ranks with the environment that the launcher would give them; return them running."""
+def run_ranks(ranks: int, *words: object, port: int | None = None) -> list[subprocess.CompletedProcess]:
+    """Run a script on `ranks` ranks with the environment that the launcher would give them, to its end.
+
+    Return exit code and output of each rank. One that fails ends the others after 3 s: they wait for it in vain.
+    """
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()), "WORLD_SIZE": str(ranks)}
     command = [sys.executable, *map(str, words)]
-    return [
-        subprocess.Popen(
-            command, env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-
-
-def wait_for_ranks(processes: list[subprocess.Popen]) -> list[tuple[str, str]]:
-    """Wait for the ranks to end, and return (stdout, stderr) of each. One that fails ends the others after 3 s.
-
-    For output that fits into a pipe, 64 KiB: more would keep a rank waiting for a reader.
-    """
-    while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
-        time.sleep(0.05)
-    for process in processes:  # the others wait for the failed one in vain
-        try:
-            process.wait(3)
-        except subprocess.TimeoutExpired:
-            process.kill()
-    return [process.communicate() for process in processes]
+    with ExitStack() as files:  # files and not pipes: nobody reads while they run, and a full pipe would stop a rank
+        outputs = [[files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in range(ranks)]
+        processes = [
+            subprocess.Popen(
+                command, env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=stdout, stderr=stderr,
+            )
+            for rank, (stdout, stderr) in enumerate(outputs)
+        ]  # fmt: skip
+        while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+            time.sleep(0.05)
+        ended = []
+        for process, (stdout, stderr) in zip(processes, outputs, strict=True):
+            try:
+                process.wait(3)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            stdout.seek(0)
+            stderr.seek(0)
+            said = stdout.read(), stderr.read()
+            ended.append(subprocess.CompletedProcess(command, process.returncode, *said))
+    return ended
 
 
 def process_tree(pid: int) -> list[psutil.Process]:

@@ -230,6 +230,8 @@ def join(config: Config, facts: dict[str, Any]) -> FileLock:
         problem = f"{show_path(config.run_path)} is being trained already"
     except OSError as error:
         problem = f"{show_path(config.run_path)}: {error.strerror}: name a run_dir that can be written"
+    except Exception as error:  # whatever it is, the other ranks wait for an answer
+        problem = f"{show_path(config.run_path)}/run.json: {type(error).__name__}: {error}"
     if problem := from_all_ranks(problem)[0]:
         raise UserError(problem)
     return lock

@@ -19,7 +19,7 @@ import deepspeed
 import psutil
 import torch
 
-from bench.memory import is_out_of_memory, leave_out_of_memory, limit_memory, peak_bytes
+from bench.memory import limit_memory, out_of_memory_ends, peak_bytes
 from bench.timing import time_step
 from bench.world import join_world
 from capstone.config import load_config
@@ -80,12 +80,8 @@ def main() -> None:
     device = join_world()
     spec = json.loads(Path(args.spec).read_text())
     held = limit_memory(spec["limit"], device)
-    try:
+    with out_of_memory_ends():
         row = measure(spec, device)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        leave_out_of_memory(error)
     row["peak_bytes"] = int(over_ranks(peak_bytes(device, held), device, "max"))
     print0(f"row {json.dumps(row)}")
     torch.distributed.destroy_process_group()

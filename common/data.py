@@ -115,6 +115,7 @@ def load_corpus(corpus: str, tokenizer: PreTrainedTokenizerBase, block_size: int
     Not collective: the first rank of each machine to get the lock tokenizes, the others read its cache.
     Raises UserError when the corpus cannot be read, or is too small for the blocks and ranks asked for.
     """
+    checked(tokenizer, tokenizer.name_or_path)
     fingerprint, load_splits = _open(corpus)
     rules = f"{tokenizer.backend_tokenizer.to_str()}{tokenizer.eos_token_id}"  # not the vocabulary alone
     cache = cache_folder() / hashlib.sha256(f"{fingerprint}{rules}{HELD_OUT_SHARE}".encode()).hexdigest()[:16]

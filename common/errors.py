@@ -37,7 +37,7 @@ HINTS = {
     r"Partitioning '.*' found no valid layers.*": "the REGEX after type: has to match a layer's class name: day 16",
     r"managed_gradient_accumulation=False is not supported with pipeline.*": "leave the key out: day 15",
     r"Cannot partition a param in flight": "call engine.empty_partition_cache() after generate: day 22",
-    r"\w+: \[Errno (1|13|20|30)\] .*": "name a folder that can be written: --run_dir, or run_dir= in the capstone",
+    r"\w+: \[Errno (1|13|20|30)\] .*": "name one that can be written: --run_dir, run_dir= (capstone), COURSE_CACHE=",
     r"Type bf16 is not supported on your device": "use fp16 in the config (older GPUs), or leave both out",
 }
 

@@ -7,7 +7,9 @@ from matplotlib import font_manager
 
 plt.switch_backend("Agg")  # draw into files; no display needed
 # After the default font, those of Linux, Windows and macOS that have Chinese, Japanese and Korean: for names of files.
-CJK = ["Noto Sans CJK SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "SimHei"]
+# (Of a collection matplotlib reads the first face: JP in Debian's fonts-noto-cjk, which has the Chinese signs too.)
+CJK = ["Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Microsoft YaHei", "SimHei"]
+CJK += ["PingFang SC", "Hiragino Sans GB", "Heiti TC", "Arial Unicode MS"]
 there = {font.name for font in font_manager.fontManager.ttflist}
 plt.rcParams["font.family"] = ["DejaVu Sans", *(name for name in CJK if name in there)]
 

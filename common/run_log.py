@@ -9,6 +9,7 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -66,7 +67,8 @@ class RunLog:
         """Count `tokens` of this rank; on step 1 and each `log_every`-th step, log the global values.
 
         Between two lines `loss` is not read, so that the host does not wait for the device. A logged loss that is nan
-        or inf ends the run: weights that are nan stay so, and ZeRO-0 in fp32 and bf16 does not look (0.19.8).
+        or inf ends the run: weights that are nan stay so, and ZeRO-0 in fp32 or under autocast to bf16 does not look
+        (0.19.8).
         `more` (a learning rate, say) goes into metrics.jsonl alone.
         """
         self.tokens += tokens
@@ -78,15 +80,19 @@ class RunLog:
         memory_gib = over_ranks(peak_memory_gib(self.device), self.device, "max")
         self._line(f"step {step:4d} | loss {mean_loss:.6f} | {tokens_per_s:.0f} tok/s | {memory_gib:.2f} GiB")
         self.record(step=step, loss=mean_loss, tokens_per_s=tokens_per_s, memory_gib=memory_gib, **more)
-        if self.stops_at_nan and not math.isfinite(mean_loss):  # the same value on every rank, so all stop
-            raise UserError(f"loss {mean_loss} at step {step}, stopped: a lower lr, bf16, a look at the data (day 11)")
+        self._stop_at_nan("loss", mean_loss, step)
         self.tokens, self.since = 0, time.perf_counter()
 
     def held_out(self, step: int, loss: float) -> None:
         """Log a held-out loss (already averaged over ranks) and leave its time out of the next tok/s."""
         self._line(f"step {step:4d} | held-out loss {loss:.6f}")
         self.record(step=step, held_out_loss=loss)
+        self._stop_at_nan("held-out loss", loss, step)  # what fell between two lines shows here, before it is saved
         self.since = time.perf_counter()
+
+    def _stop_at_nan(self, what: str, loss: float, step: int) -> None:
+        if self.stops_at_nan and not math.isfinite(loss):  # the same value on every rank, so all stop
+            raise UserError(f"{what} {loss} at step {step}, stopped: a lower lr, bf16, a look at the data (day 11)")
 
     def record(self, **values: float) -> None:
         """Write a row to metrics.jsonl without a line on the terminal."""
@@ -123,3 +129,9 @@ def parse_lines(text: str) -> list[dict]:
 def read_rows(run_dir: str | Path) -> list[dict]:
     """Return the rows of a run's metrics.jsonl, in order."""
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def median_speed(rows: list[dict]) -> float:
+    """Median tokens/s of a run's rows, without the first line: it pays for starting up."""
+    speeds = [row["tokens_per_s"] for row in rows if "loss" in row]
+    return median(speeds[1:] or speeds)

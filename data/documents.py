@@ -177,6 +177,9 @@ def read_kind(kind: str, files: list[Path], encoding: str | None):
 
     names = [str(file) for file in files]
     if kind in ROWS:
+        for file in files if kind != ".parquet" else ():
+            for _ in read_lines(file, encoding):  # the library's own complaint names neither byte nor encoding
+                pass
         options = {"sep": "\t"} if kind == ".tsv" else {}
         options |= {"encoding": encoding} if encoding and kind != ".parquet" else {}
         return datasets.load_dataset(ROWS[kind], data_files=names, split="train", **options)

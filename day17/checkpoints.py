@@ -202,8 +202,10 @@ def checkpoints(root: Path) -> list[Path]:
 
 def newest_good(root: Path) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint that verifies, and why newer ones did not. Collective."""
-    rejected = []
-    for folder in from_all_ranks(checkpoints(root))[0]:  # rank 0's listing: all ranks go through the same one
+    rejected, listed = [], []
+    with all_or_none("looking for checkpoints", root):
+        listed = checkpoints(root) if rank_and_world()[0] == 0 else []
+    for folder in from_all_ranks(listed)[0]:  # rank 0's: all ranks go through the same ones
         problem = problem_with(folder)
         if problem is None:
             return folder, rejected

@@ -37,7 +37,6 @@ from common import data
 from common.errors import UserError, clear_errors
 from common.run_log import show_path
 
-CACHE = data.DATA / "cache"
 # Made from a config, with random weights. The tiny ones are for tests: three families, some 100k parameters.
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 ROPE = {"num_key_value_heads": 2, "intermediate_size": 192, "max_position_embeddings": 512}  # Llama's and Qwen's own
@@ -104,10 +103,10 @@ def vocabulary_of(name: str) -> int:
 
 
 def locate(name: str) -> str:
-    """A folder or hub name that `from_pretrained` takes; what ships here is put into data/cache/ first, once."""
+    """A folder or hub name that `from_pretrained` takes; what ships here is put into the cache folder first, once."""
     if name != "smollm2" and name not in TINY:
         return name
-    folder = CACHE / name
+    folder = data.cache_folder() / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():

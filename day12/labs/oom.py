@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 from bench.table import Table
-from bench.world import default_ranks, start_ranks, wait_for_ranks
+from bench.world import default_ranks, run_ranks
 from common.errors import UserError, clear_errors
 from common.model import get_preset
 from common.run_log import default_run_dir
@@ -61,13 +61,15 @@ def trial(case: str, limit_gib: float | None, args: argparse.Namespace) -> dict:
     words = ["--model", args.model, "--steps", args.steps, "--seed", args.seed, "--micro_batch", args.micro_batch]
     words += CASES[case].format(half=args.micro_batch // 2, all=args.micro_batch).split()  # of two, the last one counts
     words += ["--limit_gib", limit_gib] if limit_gib else []
-    outputs = wait_for_ranks(start_ranks(args.ranks, HERE / "labs/trial.py", *words))
-    if row := re.search(r"^row (.*)$", outputs[0][0], re.M):
+    ended = run_ranks(args.ranks, HERE / "labs/trial.py", *words)
+    if row := re.search(r"^row (.*)$", ended[0].stdout, re.M):
         return json.loads(row[1])
-    for stdout, _ in outputs:
-        if complaint := re.search(r"^no memory: rank \d+: (.*)$", stdout, re.M):
+    for rank in ended:
+        if complaint := re.search(r"^no memory: rank \d+: (.*)$", rank.stdout, re.M):
             return {"error": complaint[1]}
-    raise UserError(f"trial {case} failed, and not for want of memory: {outputs[0][1].strip().splitlines()[-1]}")
+    failed = next((rank for rank in ended if rank.returncode > 0), ended[0])
+    said = failed.stderr.strip().splitlines() or [f"exit code {failed.returncode}"]
+    raise UserError(f"trial {case} failed, and not for want of memory: {said[-1].removeprefix('error: ')}")
 
 
 COLUMNS = {

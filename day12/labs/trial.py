@@ -22,7 +22,7 @@ import torch
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from bench.memory import is_out_of_memory, leave_out_of_memory, limit_memory, peak_bytes
+from bench.memory import limit_memory, out_of_memory_ends, peak_bytes
 from bench.timing import slowest_median, time_step
 from bench.world import join_world
 from common.errors import UserError, clear_errors
@@ -106,12 +106,8 @@ def main() -> None:
             raise UserError(f"--{name} {getattr(args, name)}: take {least} or more")
     device = join_world()
     held = limit_memory(args.limit_gib and int(args.limit_gib * 2**30), device)
-    try:
+    with out_of_memory_ends():
         row = train(args, device)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        leave_out_of_memory(error)
     row["peak_bytes"] = over_ranks(peak_bytes(device, held), device, "max")
     print0(f"{row['peak_bytes'] / 2**30:.3f} GiB | {row['tokens_per_s']:.0f} tok/s | loss {row['losses'][-1]:.6f}")
     print0(f"row {json.dumps(row)}")
