@@ -7,3 +7,5 @@ if missing := [
     name for name in ("fastapi", "limits", "openai", "requests", "starlette", "uvicorn") if not find_spec(name)
 ]:
     sys.exit(f"error: serving needs {', '.join(missing)}: pip install -r capstone/serve/requirements.txt")
+
+START_S = 120  # until a model has loaded and answers

@@ -4,9 +4,9 @@
     python -m capstone.serve runs/capstone/tiny/export
     python -m capstone.serve runs/capstone/tiny/export --backend http://127.0.0.1:8001
 
-Expect one line when it is ready; then http://127.0.0.1:8000 is a chat page, and any OpenAI client works. SIGTERM or
-Ctrl-C drains: /ready says 503 at once, answers under way are finished, exit code 0. With --backend it uses a server
-that runs already, vLLM for example. Sources: transformers 5.20, cli/serve.py; uvicorn 0.54, server.py.
+Expect one line when it is ready; then http://127.0.0.1:8000 is a chat page, and an OpenAI client works that sends no
+field beyond those of gateway.ChatRequest. SIGTERM or Ctrl-C drains: /ready says 503 at once, answers under way are
+finished, exit code 0. With --backend it uses a server that runs already, vLLM for example. Sources: transformers 5.20, cli/serve.py; uvicorn 0.54, server.py.
 """
 
 import argparse
@@ -26,12 +26,13 @@ import httpx2
 import uvicorn
 from transformers import AutoTokenizer
 
+from capstone.serve import START_S
 from capstone.serve.gateway import Gateway, Limits
 from common.errors import UserError, clear_errors
 from common.run_log import show_path
 from day17.checkpoints import problem_with, read_manifest
 
-START_S, STOP_S = 120, 10
+STOP_S = 10  # until a model server that was told to end is killed
 LAUNCHER = (
     "RANK",
     "LOCAL_RANK",

@@ -12,8 +12,9 @@ from pathlib import Path
 import httpx2
 from openai import OpenAI
 
+from bench.world import free_port
 from capstone.config import ROOT
-from capstone.serve.__main__ import START_S, free_port
+from capstone.serve import START_S
 from common.errors import UserError
 
 
