@@ -41,6 +41,8 @@ def build_fsdp2(model: torch.nn.Module, lr: float, bf16: bool):
 
 
 def make_train_step(forward, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
+    """Return train_step(batch) -> loss of plain PyTorch, clipped at 1.0. `forward(batch)` returns the loss."""
+
     def train_step(batch: dict) -> torch.Tensor:
         loss = forward(batch)
         loss.backward()

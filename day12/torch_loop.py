@@ -7,6 +7,8 @@ Checked with torch 2.13.0. Source: https://docs.pytorch.org/tutorials/recipes/re
 
 import torch
 
+from day07.loops import make_train_step
+
 ADAMW = {"lr": 6e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}  # as in ds_config_gpt2.json
 
 
@@ -21,13 +23,8 @@ def build_torch(model: torch.nn.Module, compiled: bool):
     if compiled:
         model.compile()
 
-    def train_step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.autocast(device_type, torch.bfloat16):
-            loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+            return model(**batch).loss
 
-    return train_step
+    return make_train_step(forward, model, optimizer)

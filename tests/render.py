@@ -22,7 +22,8 @@ import json
 import re
 import shlex
 from pathlib import Path
-from statistics import median
+
+from common.run_log import median_speed
 
 ROOT = Path(__file__).resolve().parents[1]
 LANGUAGE = {".py": "python", ".json": "json", ".sh": "bash", "": ""}
@@ -103,8 +104,8 @@ def _runs(*names: str) -> str:
     for name in names:
         result = json.loads(_read(name))
         held_out = [row["held_out_loss"] for row in result["rows"] if "held_out_loss" in row]
-        steps = [row for row in result["rows"] if "loss" in row][1:]  # the first one pays for starting up
-        speed = median(row["tokens_per_s"] for row in steps)
+        steps = [row for row in result["rows"] if "loss" in row]
+        speed = median_speed(result["rows"])
         versions = result["versions"]
         machine = f"{result['hardware']}, deepspeed {versions['deepspeed']}, torch {versions['torch']}"
         loss = f"{held_out[0]:.2f} → {held_out[-1]:.2f}"

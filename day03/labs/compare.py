@@ -12,7 +12,6 @@ Checked with deepspeed 0.19.8. Source: https://www.deepspeed.ai/docs/config-json
 import argparse
 import sys
 from pathlib import Path
-from statistics import median
 
 from deepspeed.accelerator import get_accelerator
 
@@ -23,7 +22,7 @@ from bench.table import Table
 from bench.world import default_ranks, launch
 from common.errors import UserError, clear_errors
 from common.plots import plot_loss
-from common.run_log import default_run_dir, read_rows, show_path
+from common.run_log import default_run_dir, median_speed, read_rows, show_path
 from config.read import read_config
 
 # On CPU these need 16-bit arithmetic in the processor (else it is emulated, slowly) or a compiler. --configs runs them.
@@ -80,7 +79,7 @@ def summary(rows: list[dict]) -> dict:
     return {
         "train_loss": steps[-1]["loss"],
         "held_out_loss": [row["held_out_loss"] for row in rows if "held_out_loss" in row][-1],
-        "tokens_per_s": median(row["tokens_per_s"] for row in steps[1:] or steps),
+        "tokens_per_s": median_speed(rows),
         "held_gib": rows[-1]["held_gib"],
         "peak_gib": steps[-1]["memory_gib"],
     }

@@ -12,7 +12,6 @@ Checked with deepspeed 0.19.8. Source: https://www.deepspeed.ai/docs/config-json
 import argparse
 import sys
 from pathlib import Path
-from statistics import median
 
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
@@ -20,7 +19,7 @@ sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the scr
 from bench.table import Table
 from bench.world import default_ranks, launch
 from common.errors import UserError, clear_errors
-from common.run_log import default_run_dir, read_rows
+from common.run_log import default_run_dir, median_speed, read_rows
 
 # One option each, or several joined by commas where one needs another.
 VARIANTS = [
@@ -68,9 +67,8 @@ def measure(variant: str, run_dir: Path, args: argparse.Namespace) -> dict:
     except UserError as error:
         return {"error": str(error)}
     rows = read_rows(run_dir)
-    steps = [step for step in rows if "loss" in step]
-    speed = median(step["tokens_per_s"] for step in steps[1:] or steps)  # the first line pays for starting up
-    return {"tokens_per_s": speed, "held_gib": rows[-1]["held_gib"], "peak_gib": steps[-1]["memory_gib"]}
+    last = [step for step in rows if "loss" in step][-1]
+    return {"tokens_per_s": median_speed(rows), "held_gib": rows[-1]["held_gib"], "peak_gib": last["memory_gib"]}
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 from bench.table import Table
+from bench.timing import losses_apart
 from bench.world import join_world
 from common.errors import clear_errors
 from common.ranks import print0
@@ -157,7 +158,7 @@ def norm_of_the_first_stage(module, whole, batches: torch.Tensor, config: dict, 
     first = tuple(f"{layer}." for layer in gpt2.layer_names(whole.config)[: module.parts[1]])
     norm_of = [parameter for name, parameter in whole.named_parameters() if name.startswith(first)]
     want = train_whole(whole, batches[:-1], batches[-1], config, norm_of)
-    return max(abs(ours - theirs) for ours, theirs in zip(losses, want["losses"], strict=True))
+    return losses_apart(losses, want["losses"])
 
 
 def run(name: str, case: dict, shape: GPT2Config, batches: torch.Tensor, args: argparse.Namespace) -> dict:
@@ -181,7 +182,7 @@ def run(name: str, case: dict, shape: GPT2Config, batches: torch.Tensor, args: a
     want = train_whole(whole, batches[:-1], batches[-1], config)
     losses = [engine.train_batch(micro_batches(batch)).item() for batch in batches[:-1]]
     row["losses"] = losses
-    row["loss_difference"] = max(abs(ours - theirs) for ours, theirs in zip(losses, want["losses"], strict=True))
+    row["loss_difference"] = losses_apart(losses, want["losses"])
     row["held_out_difference"] = abs(engine.eval_batch(micro_batches(batches[-1])).item() - want["held_out"])
     row |= compare_weights(module, whole)
     if "zero 0, clipped" in name:

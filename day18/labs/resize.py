@@ -22,6 +22,7 @@ HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 from bench.table import Table
+from bench.timing import losses_apart
 from bench.world import join_world
 from common.errors import UserError, clear_errors
 from common.model import build_model
@@ -91,7 +92,7 @@ def load_at(stage: int, source: Path, args: argparse.Namespace) -> float:
         raise UserError(f"DeepSpeed loaded nothing from {source}")
     losses, went_on = train(engine, args.steps), json.loads((source / "went_on.json").read_text())
     engine.destroy()
-    return max(abs(a - b) for a, b in zip(losses, went_on, strict=True))
+    return losses_apart(losses, went_on)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 from bench.results import this_command, write_results
-from bench.timing import ratio, take_turns
+from bench.timing import losses_apart, ratio, take_turns
 from bench.world import join_world
 from common.data import to_device
 from common.errors import UserError, clear_errors
@@ -137,7 +137,7 @@ def main() -> None:
     losses = {case: [loss.item() for _, found in turns for loss in found] for case, turns in runs.items()}
     rates = {case: median(t / s for t, s in zip(tokens[1:], seconds[case][1:], strict=True)) for case in steps}
     faster = ratio(runs["torch"], runs["deepspeed"])
-    apart = max(abs(a - b) for a, b in zip(losses["torch"], losses["deepspeed"], strict=True))
+    apart = losses_apart(losses["torch"], losses["deepspeed"])
     for case, rate in rates.items():
         print0(f"{case:12}{rate:12,.0f} tok/s, last loss {losses[case][-1]:.6f}")
     steps_each = args.turns * args.window
