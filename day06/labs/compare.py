@@ -78,7 +78,6 @@ def train_step(engine: deepspeed.DeepSpeedEngine, batches, at_boundary: set[int]
 
 def measure(config: dict, blocks, vocab_size: int, args: argparse.Namespace, device: torch.device) -> dict:
     """Train with `config`; return losses, tokens/s, and bytes on the rank with most: sent per step, gradients."""
-    before = live_tensors(device)
     torch.manual_seed(args.seed)
     model = build_model(args.model, vocab_size)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
@@ -101,7 +100,6 @@ def measure(config: dict, blocks, vocab_size: int, args: argparse.Namespace, dev
     row["tokens_per_s"] = tokens / slowest_median(seconds, device, warm_up=LOOKED_AT)
     row["num_params"] = sum(p.numel() for p in model.parameters())
     engine.destroy()
-    free(device, keep=before)
     return row | {"losses": losses}
 
 
@@ -118,8 +116,10 @@ def main() -> None:
     for accumulation in args.accumulations:
         for name, config in configs.items():
             config |= {"train_micro_batch_size_per_gpu": args.micro_batch, "gradient_accumulation_steps": accumulation}
+            kept = live_tensors(device)
             with table.row(f"{name}, {accumulation} micro", config=name) as row:
                 row |= measure(config, blocks, len(tokenizer), args, device)
+            free(device, kept)
     title = f"{args.model}, {dist.get_world_size()} ranks"
     table.bars("gradient_bytes", "MB of gradients per rank", title, scale=1e6)
     table.bars("sent_bytes", "MB sent per rank and step", title, scale=1e6)

@@ -28,7 +28,7 @@ sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the scr
 from bench.held import bucket_tensors, bytes_by_kind, live_tensors
 from bench.memory import free, peak_bytes
 from bench.table import Table
-from bench.timing import slowest_median, time_step
+from bench.timing import losses_apart, slowest_median, time_step
 from bench.traffic import count_traffic
 from bench.world import join_world
 from common.data import endless_batches, load_corpus, load_tokenizer, to_device
@@ -205,11 +205,12 @@ def main() -> None:
     )
     table = Table(Path(args.run_dir) / "compare.json", COLUMNS, ranks=num_ranks, model=args.model)
     for case in args.cases:
+        kept = live_tensors(device)
         with table.row(Path(case).stem) as row:
             row |= measure(case, blocks, len(tokenizer), args, device)
-            first = next((other for other in table.rows if "losses" in other), row)
-            row["difference"] = max(abs(a - b) for a, b in zip(row["losses"], first["losses"], strict=True))
-        free(device)
+            first = next((other for other in table.rows if "error" not in other), row)
+            row["difference"] = losses_apart(row["losses"], first["losses"])
+        free(device, kept)
     title = f"{args.model}, {num_ranks} ranks"
     table.bars("total_bytes", "MB held between steps", title, name="memory", scale=1e6)
     table.bars("tokens_per_s", "tokens/s", title, name="speed")

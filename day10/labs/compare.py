@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.held import live_tensors
 from bench.memory import free, peak_bytes, saved_for_backward
 from bench.table import Table
 from bench.timing import slowest_median, time_step
@@ -142,16 +143,20 @@ def main() -> None:
     blocks, _ = load_corpus(args.corpus, tokenizer, preset.block_size)
     gc.freeze()  # what is here now is no case's: it stays when a case is emptied
     print0("batch = micro x accumulation x ranks; activations: MB that autograd keeps of one micro-batch on a rank")
-    table, first = Table(Path(args.run_dir) / "compare.json", COLUMNS, width=24), None
+    table = Table(Path(args.run_dir) / "compare.json", COLUMNS, width=24)
+    first = None  # the weights at the end of the first case
     for stage in args.stages:
         for accumulation in args.accumulations:
             config = case_config(stage, accumulation, args)
             case = f"zero {stage}, {args.global_batch} = {config['train_micro_batch_size_per_gpu']} x {accumulation}"
+            kept = live_tensors(device)
             with table.row(f"{case} x {ranks}", stage=stage, accumulation=accumulation) as row:
                 measured, weights = measure(config, blocks, len(tokenizer), args)
-                first = weights if first is None else first
+                if first is None:
+                    first = weights  # stays, when the rest of its case is emptied
+                    kept[first.untyped_storage().data_ptr()] = first
                 row |= measured | {"difference": (weights - first).abs().max().item()}
-            free(device, keep=[] if first is None else [first.untyped_storage().data_ptr()])
+            free(device, kept)
     title = f"{args.model}, {ranks} ranks"
     table.bars("activation_bytes", "MB of activations, a rank and micro-batch", title, scale=1e6)
     table.bars("tokens_per_s", "tokens/s", title)

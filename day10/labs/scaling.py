@@ -22,6 +22,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.held import live_tensors
+from bench.memory import free
 from bench.table import Table
 from bench.world import join_world
 from common.data import endless_batches, held_out_loss, load_corpus, load_tokenizer, to_device
@@ -89,7 +91,7 @@ def plot_rates(table: list[dict], path: Path, title: str) -> None:
 
 def main() -> None:
     args = parse_args()
-    join_world()
+    device = join_world()
     preset = get_preset(args.model)
     tokenizer = load_tokenizer(preset.tokenizer)
     splits = load_corpus(args.corpus, tokenizer, preset.block_size)
@@ -99,13 +101,17 @@ def main() -> None:
     for accumulation in args.accumulations:
         batch_size = args.micro_batch * accumulation * dist.get_world_size()
         for lr in args.lrs:
+            kept = live_tensors(device)
             with table.row(f"batch {batch_size}, lr {lr:g}") as row:
                 row |= train(accumulation, lr, splits, len(tokenizer), args)
-        best = min(table.rows[-len(args.lrs) :], key=lambda row: row["held_out_loss"])
-        print0(f"best learning rate for a batch of {batch_size}: {best['lr']:g}")
-    if dist.get_rank() == 0:
+            free(device, kept)
+        if trained := [row for row in table.rows[-len(args.lrs) :] if "error" not in row]:
+            best = min(trained, key=lambda row: row["held_out_loss"])
+            print0(f"best learning rate for a batch of {batch_size}: {best['lr']:g}")
+    trained = [row for row in table.rows if "error" not in row]
+    if trained and dist.get_rank() == 0:
         title = f"{args.model}, {args.sequences} sequences of {preset.block_size} tokens"
-        plot_rates(table.rows, path.with_name("loss.png"), title)
+        plot_rates(trained, path.with_name("loss.png"), title)
     table.close()
     dist.destroy_process_group()
 

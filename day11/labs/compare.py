@@ -26,9 +26,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.held import live_tensors
 from bench.memory import free, peak_bytes, saved_for_backward
 from bench.table import Table
-from bench.timing import slowest_median, time_step
+from bench.timing import losses_apart, slowest_median, time_step
 from bench.world import join_world
 from common.data import endless_batches, held_out_loss, load_corpus, load_tokenizer, to_device
 from common.errors import UserError, clear_errors
@@ -173,13 +174,14 @@ def main() -> None:
     folder, title = Path(args.run_dir), f"{args.model}, {num_ranks} ranks"
     table = Table(folder / "compare.json", COLUMNS, width=20, ranks=num_ranks, model=args.model)
     for case in args.cases:
+        kept = live_tensors(device)
         with table.row(case) as row:
             row |= measure(case, blocks, held_out_blocks, len(tokenizer), args, device)
-            first = next((other for other in table.rows if "losses" in other), row)
-            row["difference"] = max(abs(a - b) for a, b in zip(row["losses"], first["losses"], strict=True))
-        free(device)
+            first = next((other for other in table.rows if "error" not in other), row)
+            row["difference"] = losses_apart(row["losses"], first["losses"])
+        free(device, kept)
         forget_autocast()
-    trained = [row for row in table.rows if "losses" in row]
+    trained = [row for row in table.rows if "error" not in row]
     if trained and dist.get_rank() == 0:
         draw_losses(trained, folder, title)
     table.bars("between_steps_bytes", "MB a rank between steps", title, name="memory", scale=1e6)

@@ -150,10 +150,11 @@ def main() -> None:
             computed = play(read_schedule(name, stages, micro_batches), args.forward, args.backward)
             measured = median(seconds[1:])
             work = micro_batches * (args.forward + args.backward)
-            with table.row(f"{name}, m {micro_batches}", schedule=name, micro_batches=micro_batches) as row:
-                row |= {"seconds": measured, "computed_s": computed}
-                row |= {"bubble": 1 - work / measured, "formula": (stages - 1) / (micro_batches + stages - 1)}
-                row |= {"kept": " ".join(map(str, kept)), "sent_bytes": sum(sent)}
+            row = {"case": f"{name}, m {micro_batches}", "schedule": name, "micro_batches": micro_batches}
+            row |= {"seconds": measured, "computed_s": computed}
+            row |= {"bubble": 1 - work / measured, "formula": (stages - 1) / (micro_batches + stages - 1)}
+            row |= {"kept": " ".join(map(str, kept)), "sent_bytes": sum(sent)}
+            table.add(row)
     table.close()
     dist.destroy_process_group()
 

@@ -26,6 +26,8 @@ from transformers import GPT2Config
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.held import live_tensors
+from bench.memory import free
 from bench.table import Table
 from bench.timing import time_step
 from bench.world import join_world
@@ -79,7 +81,6 @@ def train(model: gpt2.CutPipeline, config: dict, ids: torch.Tensor, steps: int) 
         seconds.append(time_step(lambda: engine.train_batch(iter([(ids, ids)] * engine.micro_batches)))[0])
         busy.append(clock.take() / engine.micro_batches)
     engine.destroy()
-    get_accelerator().empty_cache()
     return seconds[1:], busy[1:], engine.train_batch_size()
 
 
@@ -87,14 +88,17 @@ def measure(args, cuts: dict[tuple[int, ...], str], shape: GPT2Config, start: di
     """A row for each cut, trained by turns: every rank's stage and its median times. Collective."""
     torch.manual_seed(args.seed)
     ids = torch.randint(shape.vocab_size, (config["train_micro_batch_size_per_gpu"], shape.n_positions))
+    device = torch.device(get_accelerator().current_device_name())
     step_s, busy_s = {parts: [] for parts in cuts}, {parts: [] for parts in cuts}
     for _ in range(args.rounds):
         for parts in cuts:
+            kept = live_tensors(device)
             model = build(shape, len(parts) - 1, "parts:" + ",".join(map(str, parts)))
             gpt2.load_hf(model, shape, start)
             seconds, busy, sequences = train(model, config, ids, args.steps)
             step_s[parts] += seconds
             busy_s[parts] += busy
+            free(device, kept)
     rows = []
     for parts, names in cuts.items():
         found = gpt2.from_all_ranks((model.stage_id, median(step_s[parts]), median(busy_s[parts])))

@@ -90,7 +90,7 @@ def waits(engine, step: Callable, steps: int) -> tuple[float, float]:
 def plot(table: list[dict], path: Path, title: str) -> None:
     """Tokens/s against micro-batches, a line for each way."""
     figure, axes = plt.subplots(figsize=(7, 4))
-    ran = [row for row in table if "tokens_per_s" in row]
+    ran = [row for row in table if "error" not in row]
     for way in dict.fromkeys(row["way"] for row in ran):
         points = [(row["micro_batches"], row["tokens_per_s"]) for row in ran if row["way"] == way]
         axes.plot(*zip(*points, strict=True), "o-", label=way)
@@ -117,45 +117,44 @@ class Setting:
     device: torch.device
     table: Table
 
-    def add(self, way: str, engine, step: Callable, micro_batches: int, stages: int, before: dict) -> None:
-        """A row for `step` of `engine`. `before`: the live tensors from before it was built, which it does not hold."""
-        with self.table.row(way, way=way, stages=stages, micro_batches=micro_batches) as row:
-            row["batch"] = engine.train_batch_size()
-            seconds = slowest_median(timed(step, self.args.steps), self.device)
-            row["tokens_per_s"] = engine.train_batch_size() * self.shape.n_positions / seconds
-            row |= {"waited": None, "formula": None, "explained": None}
-            if stages > 1:
-                row["waited"], row["explained"] = waits(engine, step, self.args.steps)
-                row["formula"] = (stages - 1) / (micro_batches + stages - 1)
-            new = [tensor for at, tensor in live_tensors(self.device).items() if at not in before]
-            held = sum(tensor.untyped_storage().nbytes() for tensor in new)
-            row["held_bytes"] = over_ranks(held, self.device, "max")
+    def measure(self, engine, step: Callable, micro_batches: int, stages: int, kept: dict) -> dict:
+        """Figures of `step` of `engine`. `kept`: the live tensors from before it was built, which it does not hold."""
+        seconds = slowest_median(timed(step, self.args.steps), self.device)
+        tokens = engine.train_batch_size() * self.shape.n_positions
+        row = {"batch": engine.train_batch_size(), "tokens_per_s": tokens / seconds}
+        row |= {"waited": None, "formula": None, "explained": None}
+        if stages > 1:
+            row["waited"], row["explained"] = waits(engine, step, self.args.steps)
+            row["formula"] = (stages - 1) / (micro_batches + stages - 1)
+        new = [tensor for at, tensor in live_tensors(self.device).items() if at not in kept]
+        held = sum(tensor.untyped_storage().nbytes() for tensor in new)
+        return row | {"held_bytes": over_ranks(held, self.device, "max")}
 
     def data_parallel(self, stage: int) -> None:
         """The whole model on every rank, without PipelineModule: ZeRO-2 and 3 are possible here."""
         zero = {"reduce_bucket_size": 500_000} | self.config.get("zero_optimization", {}) | {"stage": stage}
         config = self.config | {"zero_optimization": zero}  # (the bucket's default is 2 GB)
         here = self.ids.to(self.device)
+        way = f"{dist.get_world_size()} x zero {stage}"
         for micro_batches in self.args.micro_batches:
-            config["gradient_accumulation_steps"] = micro_batches
-            before = live_tensors(self.device)
-            with self.device:
-                model = gpt2.whole_model(self.shape, self.args.seed)
-            engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=dict(config))
+            kept = live_tensors(self.device)
+            with self.table.row(way, way=way, stages=1, micro_batches=micro_batches) as row:
+                with self.device:
+                    model = gpt2.whole_model(self.shape, self.args.seed)
+                case = config | {"gradient_accumulation_steps": micro_batches}
+                engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=case)
 
-            def step(engine=engine, micro_batches=micro_batches) -> None:
-                for _ in range(micro_batches):
-                    engine.backward(engine(input_ids=here, labels=here).loss)
-                    engine.step()
+                def step(engine=engine, micro_batches=micro_batches) -> None:
+                    for _ in range(micro_batches):
+                        engine.backward(engine(input_ids=here, labels=here).loss)
+                        engine.step()
 
-            self.add(f"{dist.get_world_size()} x zero {stage}", engine, step, micro_batches, 1, before)
-            engine.destroy()
-            del engine, model, step
-            free(self.device, before)
+                row |= self.measure(engine, step, micro_batches, 1, kept)
+                engine.destroy()
+            free(self.device, kept)
 
-    def pipelines(self, stages: int, costs: list[float], start: dict[str, torch.Tensor]) -> None:
+    def pipeline(self, stages: int, costs: list[float], start: dict[str, torch.Tensor]) -> deepspeed.PipelineEngine:
         """As many pipelines of `stages` stages as there are ranks for, cut by time."""
-        before = live_tensors(self.device)
         with self.device:
             module = gpt2.CutPipeline(
                 gpt2.layer_specs(self.shape), num_stages=stages, loss_fn=gpt2.next_token_loss,
@@ -163,17 +162,30 @@ class Setting:
             )  # fmt: skip
         gpt2.load_hf(module, self.shape, start)
         engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=self.config)
-        way = f"{engine.dp_world_size} x {stages} stages"
+        return engine
+
+    def pipelines(self, stages: int, costs: list[float], start: dict[str, torch.Tensor]) -> None:
+        """A row for each number of micro-batches, all with one engine: it is built anew after an out-of-memory."""
+        num_pipelines = dist.get_world_size() // stages
+        way = f"{num_pipelines} x {stages} stages"
+        kept = live_tensors(self.device)
+        engine = None
         for micro_batches in self.args.micro_batches:
-            engine.set_train_batch_size(len(self.ids) * micro_batches * engine.dp_world_size)
+            with self.table.row(way, way=way, stages=stages, micro_batches=micro_batches) as row:
+                if engine is None:
+                    engine = self.pipeline(stages, costs, start)
+                engine.set_train_batch_size(len(self.ids) * micro_batches * num_pipelines)
 
-            def step(engine=engine, micro_batches=micro_batches) -> None:
-                engine.train_batch(iter([(self.ids, self.ids)] * micro_batches))
+                def step(engine=engine, micro_batches=micro_batches) -> None:
+                    engine.train_batch(iter([(self.ids, self.ids)] * micro_batches))
 
-            self.add(way, engine, step, micro_batches, stages, before)
-        engine.destroy()
-        del engine, module, step
-        free(self.device, before)
+                row |= self.measure(engine, step, micro_batches, stages, kept)
+            if "error" in row:  # what is left of it would be in the next one's way
+                engine = None
+                free(self.device, kept)
+        if engine is not None:
+            engine.destroy()
+        free(self.device, kept)
 
 
 def main() -> None:

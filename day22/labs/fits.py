@@ -42,13 +42,14 @@ def main() -> None:
         model = plan.assumed_model(plan.parse_count(params), layers, hidden, heads, vocab)
         for gpus in (1, 4):
             states_gib = 16 * model.num_params / plan.GIB
-            with table.row(f"{name}, {gpus} GPU", model=name, gpus=gpus, states_gib=states_gib) as row:
-                for memory in MEMORIES:
-                    asked = ["--params", params, "--gpus", gpus, "--gpu_mem", memory, "--host_mem", args.host_mem]
-                    asked += ["--seq_len", args.seq_len, "--micro_batch", 1, "--checkpointing"]
-                    wanted = plan.parse_args([str(word) for word in asked])
-                    chosen = plan.recommend(plan.make_plan(model, wanted), gpus)
-                    row[f"gib_{memory}"] = chosen["name"].replace("_bf16", "") if chosen else "-"
+            row = {"case": f"{name}, {gpus} GPU", "model": name, "gpus": gpus, "states_gib": states_gib}
+            for memory in MEMORIES:
+                asked = ["--params", params, "--gpus", gpus, "--gpu_mem", memory, "--host_mem", args.host_mem]
+                asked += ["--seq_len", args.seq_len, "--micro_batch", 1, "--checkpointing"]
+                wanted = plan.parse_args([str(word) for word in asked])
+                chosen = plan.recommend(plan.make_plan(model, wanted), gpus)
+                row[f"gib_{memory}"] = chosen["name"].replace("_bf16", "") if chosen else "-"
+            table.add(row)
     table.close()
 
 

@@ -133,11 +133,9 @@ def train(engine: deepspeed.DeepSpeedEngine, data: dict, args: argparse.Namespac
     return found, rows
 
 
-def measure(kind: str, rank: int | None, lr: float, data: dict, args: argparse.Namespace) -> dict:
+def measure(kind: str, rank: int | None, lr: float, data: dict, args: argparse.Namespace, device) -> dict:
     """Train one case; return its row. Collective."""
-    device = torch.device(get_accelerator().current_device_name())
-    kept = live_tensors(device)
-    before = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    before = live_tensor_bytes(device)
     get_accelerator().reset_peak_memory_stats()
     engine = build(kind, rank, lr, args)
     other = held_out_loss(engine.module, data["other"], data["pad"], device)
@@ -159,13 +157,12 @@ def measure(kind: str, rank: int | None, lr: float, data: dict, args: argparse.N
         "rows": rows,
     }  # fmt: skip
     engine.destroy()
-    free(device, keep=kept)
     return row
 
 
 def best(table: Table, kind: str) -> dict:
     """The row of this kind with the lowest held-out loss at its end."""
-    rows = [row for row in table.rows if row.get("kind") == kind and "held_out_loss" in row]
+    rows = [row for row in table.rows if row.get("kind") == kind and "error" not in row]
     if not rows:
         raise UserError(f"no case of {kind!r} has trained: look at the rows above")
     return min(rows, key=lambda row: row["held_out_loss"])
@@ -175,7 +172,7 @@ def main() -> None:
     args = parse_args()
     if args.steps < 3:
         raise UserError(f"--steps {args.steps}: the first two are not timed, so take 3 at least")
-    join_world()
+    device = join_world()
     tokenizer = load_tokenizer(args.pretrained)
     train_items, held_out_items = load_chat(args.dataset, tokenizer, args.max_length)
     other_items = load_chat(args.other_corpus, tokenizer, args.max_length)[1][: args.other_samples]
@@ -183,8 +180,10 @@ def main() -> None:
     table = Table(Path(args.run_dir) / "compare.json", COLUMNS)
 
     def add(kind: str, rank: int | None, lr: float) -> None:
+        kept = live_tensors(device)
         with table.row(f"lora r={rank} lr={lr:g}" if kind == "lora" else f"full lr={lr:g}") as row:
-            row |= measure(kind, rank, lr, data, args)
+            row |= measure(kind, rank, lr, data, args, device)
+        free(device, kept)
 
     for lr in args.full_lrs:
         add("full", None, lr)
@@ -198,7 +197,8 @@ def main() -> None:
     print0(f"start {full['rows'][0]['held_out_loss']:.4f} | {lora['case']} gains {share:.0%} of {full['case']}")
     title = f"{args.pretrained}, {args.steps} steps, {dist.get_world_size()} ranks"
     if dist.get_rank() == 0:
-        shown = [full, *(row for row in table.rows if row.get("kind") == "lora" and row["lr"] == rate)]
+        loras = [row for row in table.rows if row.get("kind") == "lora" and "error" not in row]
+        shown = [full, *(row for row in loras if row["lr"] == rate)]
         plot_loss({row["case"]: row["rows"] for row in shown}, Path(args.run_dir) / "loss.png", title)
     table.bars("improvement", "held-out loss, nats less", title, name="gain")
     table.bars("forgotten", "loss on other text, nats more", title)

@@ -23,6 +23,8 @@ from transformers.integrations import HfDeepSpeedConfig
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
+from bench.held import live_tensors
+from bench.memory import free
 from bench.table import Table
 from bench.world import join_world
 from common.data import to_device
@@ -138,7 +140,7 @@ def try_all_frozen(args: argparse.Namespace) -> dict[int, str | None]:
 
 def main() -> None:
     args = parse_args()
-    join_world()
+    device = join_world()
     tokenizer = load_tokenizer(args.pretrained)
     items, _ = load_chat("chat", tokenizer, 128)
     order = endless_order(items, 8, args.seed)
@@ -146,9 +148,11 @@ def main() -> None:
     root = Path(args.run_dir)
     table = Table(root / "frozen.json", COLUMNS)
     for stage, threshold in ((2, 0), (3, 0), (3, 100_000)):
+        kept = live_tensors(device)
         with table.row(f"{stage}" if stage < 3 else f"3, >{threshold}") as row:
             row |= try_stage(stage, threshold, batches, root, args)
-        if row["still_in"] and row["excluding_bytes"] > row["checkpoint_bytes"] / 2:
+        free(device, kept)
+        if "error" not in row and row["still_in"] and row["excluding_bytes"] > row["checkpoint_bytes"] / 2:
             print0(f"    the smaller checkpoint still has {', '.join(row['still_in'])}")
     table.save(all_frozen=try_all_frozen(args))
     table.close()
