@@ -65,9 +65,10 @@ def train(masters: str, rate: float, blocks, vocab_size: int, args: argparse.Nam
         engine.backward(engine(**to_device(next(batches), engine.device)).loss)
         engine.step()
     moved = torch.cat([(old != new).flatten() for old, new in zip(first, model.parameters(), strict=True)])
-    norm, master = model.transformer.ln_f.weight != 1, next(iter(engine.basic_optimizer.state)).dtype
+    norm_moved = model.transformer.ln_f.weight != 1
+    master = next(iter(engine.basic_optimizer.state)).dtype
     engine.destroy()
-    shares = {"moved": moved.float().mean().item(), "norm_moved": norm.float().mean().item()}
+    shares = {"moved": moved.float().mean().item(), "norm_moved": norm_moved.float().mean().item()}
     return {"rate": rate, "masters": str(master).removeprefix("torch."), **shares}
 
 

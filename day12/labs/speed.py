@@ -36,7 +36,7 @@ sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the scr
 from bench.held import live_tensors
 from bench.memory import free
 from bench.table import Table
-from bench.timing import ratio, take_turns, time_step
+from bench.timing import losses_apart, ratio, take_turns, time_step
 from bench.trace import ON_DEVICE, longest_ms, ms_by_kind, trace_step, union_ms
 from bench.world import join_world
 from common.data import TokenBlocks, endless_batches, load_corpus, load_tokenizer, to_device
@@ -213,7 +213,8 @@ def measure(setting: Setting, case: str, row: dict) -> None:
     row |= {"last_loss": row["losses"][-1], "peak_gib": get_accelerator().max_memory_allocated() / 2**30}
     if case in args.profile:
         batch = next(batches)
-        row["gpu_ms"] = look_into_a_step(lambda: train_step(batch), Path(args.run_dir) / f"{case}.json")
+        trace = Path(args.run_dir) / f"trace_{case}_rank{dist.get_rank()}.json"
+        row["gpu_ms"] = look_into_a_step(lambda: train_step(batch), trace)
 
 
 def by_turns(setting: Setting, cases: list[str]) -> dict:
@@ -225,10 +226,10 @@ def by_turns(setting: Setting, cases: list[str]) -> dict:
     for case in cases:
         found[case]["window_s"] = found[case]["window_s"][1:]  # the first warms up
         print0(f"{case:16}{found[case]['tokens_per_s']:12,.0f} tok/s, last loss {found[case]['losses'][-1]:.4f}")
-    pairs = list(zip(found["torch"]["losses"], found["no_average"]["losses"], strict=True))
-    apart = max(abs(theirs - ours) for theirs, ours in pairs)
+    losses = found["no_average"]["losses"]
+    apart = losses_apart(losses, found["torch"]["losses"])
     ratios = {case: ratio(runs[case], runs["no_average"]) for case in cases if case != "no_average"}
-    how_far = f"losses at most {apart:.4f} apart over {len(pairs)} steps"
+    how_far = f"losses at most {apart:.4f} apart over {len(losses)} steps"
     print0(f"DeepSpeed / PyTorch, by turns: {ratios['torch']:.4f} | {how_far}")
     found |= {"ratio": ratios["torch"], "losses_apart": apart}
     if "nanogpt" in ratios:
@@ -264,15 +265,16 @@ def main() -> None:
     columns = {"tok/s/rank": "tokens_per_s:,.0f", "MFU": "mfu:.1%", "peak GiB": "peak_gib:.2f"}
     columns["last loss"] = "last_loss:.4f"
     table = Table(Path(args.run_dir) / "speed.json", columns, flops_per_token=flops)
-    before = live_tensors(device)
     for case in [*args.cases, *nanogpt]:
+        kept = live_tensors(device)
         with table.row(case) as row:
             measure(setting, case, row)
-        if spent := dict(row.get("gpu_ms", {})):
+        if "gpu_ms" in row and "error" not in row:
+            spent = dict(row["gpu_ms"])
             longest = spent.pop("longest")
             print0("    ms: " + " | ".join(f"{kind} {ms:.2f}" for kind, ms in spent.items()))
             print0("\n".join(f"    {ms:7.2f} {name}" for name, ms in longest.items()))
-        free(device, before)
+        free(device, kept)
     if args.turns:
         table.save(turns=by_turns(setting, ["torch", "no_average", *nanogpt]))
     table.bars("tokens_per_s", "tokens/s", f"{args.model}, {args.micro_batch} sequences a rank", name="speed")

@@ -70,8 +70,10 @@ def main() -> None:
     table = Table(run_dir / "stream.json", COLUMNS, width=10)
     for copies in args.copies:
         source, out = run_dir / f"text_{copies}.jsonl", run_dir / f"data_{copies}"
-        text_bytes, peak, start = make_text(source, copies, args.shipped), 0, time.perf_counter()
+        text_bytes = make_text(source, copies, args.shipped)
         command = [sys.executable, "-m", "capstone.prepare", f"data.sources=[{source}]", f"data.folder={out}"]
+        peak = 0
+        start = time.perf_counter()
         child = subprocess.Popen(command, cwd=HERE.parent, stdout=subprocess.DEVNULL)
         while child.poll() is None:
             peak = max(peak, tree_bytes(psutil.Process(child.pid)))

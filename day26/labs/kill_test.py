@@ -107,7 +107,8 @@ def first_difference(want: list[dict], found: list[dict]) -> str:
 
 def kill_runs(args: argparse.Namespace, folder: Path, chance: random.Random) -> Table:
     """Kill `args.kills` times: a run once in each stage that it has before it, then the next run; all reach the end."""
-    table, number = Table(folder / "kill_test.json", COLUMNS, width=10), 0
+    table = Table(folder / "kill_test.json", COLUMNS, width=10)
+    number = 0
     while len(table.rows) < args.kills:
         number += 1
         run = folder / f"killed_{number}"
