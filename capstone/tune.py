@@ -1,4 +1,4 @@
-"""Find the fastest settings that fit: micro-batch, ZeRO stage, offload, recomputation, buckets. Days 12, 21 and 27.
+"""Find the fastest settings that fit: micro-batch, ZeRO stage, offload, recomputation, buckets. Days 12 and 27.
 
     python -m capstone.tune --config capstone/configs/tiny.yaml
     python -m capstone.tune --config capstone/configs/tiny.yaml --micro_batch 2 4 8 --stage 1 2 3 --exhaustive

@@ -27,7 +27,7 @@ from config.read import read_config
 GIB = 2**30
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
-# Fastest first: as little communication as possible, then as little of it through the host as possible.
+# Fastest first: the lowest stage, then as little as possible through the host.
 ONE_GPU = ["single_gpu_bf16", "zero2_bf16_offload_cpu", "zero3_bf16_offload_cpu", "zero3_bf16_offload_nvme"]
 MANY_GPUS = [
     "zero1_bf16", "zero2_bf16", "zero3_bf16_throughput", "zero3_bf16", "zero3_bf16_capacity",
@@ -377,7 +377,10 @@ def make_plan(model: Model, args: argparse.Namespace) -> list[dict]:
 
 
 def recommend(rows: list[dict], num_ranks: int) -> dict | None:
-    """The fastest row that fits. Plain data parallelism is only a yardstick: ZeRO-1 costs the same communication."""
+    """The fastest row that fits.
+
+    Plain data parallelism is only a yardstick: ZeRO-1 holds less, and in bf16 is right from the first step.
+    """
     return next((row for row in rows if row["fits"] and (num_ranks == 1 or row["need"]["stage"] > 0)), None)
 
 

@@ -33,7 +33,7 @@ EXPECTED = {
     "no_checkpoint": "CheckpointTooOld",  # nothing is saved any more
     "kill": "RankLost",  # the last rank gets SIGKILL
 }
-# What a fault may set off besides, and rightly: DeepSpeed skips steps with NaN gradients, in fp32 too.
+# What a fault may set off besides, and rightly: ZeRO-1 to 3 skip steps with NaN gradients, in fp32 too.
 # (A diverging model trained at a quarter of its speed on an Intel CPU: subnormal numbers, it seems.)
 FOLLOWS = {"nan": {"OverflowStreak"}, "diverge": {"LossNaN", "OverflowStreak", "ThroughputDrop"}}
 NUMBER = r"(\d+(?:\.\d+)?)"
@@ -100,7 +100,7 @@ class Faults:
             self.ballast.append(torch.ones(GROWTH_BYTES // 4, device=engine.device))
 
     def overflow(self, engine, left_s: float) -> None:
-        if self.hook is None:  # weights and loss stay what they are: DeepSpeed skips such a step, in every precision
+        if self.hook is None:  # weights and loss stay what they are: ZeRO-1 to 3 skip such a step, in every precision
             weight = next(engine.module.parameters())
             self.hook = weight.register_hook(lambda grad: grad * (math.inf if self.is_on("overflow") else 1))
 

@@ -165,11 +165,12 @@ def test_bf16_without_zero_makes_short_first_steps(tmp_path):
     (tmp_path / "first_updates.py").write_text(FIRST_UPDATES)
     run = run_ranks(tmp_path / "first_updates.py")
     ratios = [float(word) for word in re.search(r"^ratios (.*)$", run.stdout, re.M)[1].split()]
-    assert ratios[:3] == pytest.approx([0.744, 0.859, 0.910], abs=0.002)
+    assert ratios[:3] == pytest.approx([0.744, 0.858, 0.910], abs=0.002)
     assert ratios[9] == pytest.approx(0.995, abs=0.003) and ratios[11] == pytest.approx(1.0, abs=0.003)
     for page in (*NOTES, *((ROOT / f"config/README{language}.md").read_text() for language in ("", ".zh"))):
         text = " ".join(page.split())
-        assert "0.744, 0.859, 0.910" in text.replace("、", ", ") and "0.995" in text
+        assert "0.744, 0.858, 0.910" in text.replace("、", ", ") and "0.995" in text
+        assert "within 1.2 % of it from then on" in text or "此后相差不超过 1.2 %" in text
         assert "hardly learns" not in text and "trains wrongly" not in text
 
 

@@ -77,6 +77,8 @@ def test_pages_give_the_bytes_that_compare_counts():
         table = (ROOT / f"day01/notes{language}.md").read_text()
         (gather,) = [row for row in re.findall(r"^\| all-gather.*$", table, re.M) if "S(N" in row]
         assert "ZeRO-1" in gather and "ZeRO-3" in gather
+        (scatter,) = re.findall(r"^\| reduce-scatter.*$", table, re.M)
+        assert "ZeRO-3" in scatter and "ZeRO-1" not in scatter and "ZeRO-2" not in scatter
 
 
 @pytest.mark.launch

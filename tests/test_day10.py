@@ -110,11 +110,11 @@ def coalesced(engine):
     with engine.coalesce_grad_reduction():
         two_calls(engine)
 
-def update(stage, step):
+def update(stage, step, **zero):
     model = torch.nn.Linear(4, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
     config = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True}
-    config |= {"zero_optimization": {"stage": stage}, "optimizer": {"type": "SGD", "params": {"lr": 1.0}}}
+    config |= {"zero_optimization": {"stage": stage, **zero}, "optimizer": {"type": "SGD", "params": {"lr": 1.0}}}
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     step(engine)
     engine.step()
@@ -124,6 +124,10 @@ def update(stage, step):
 ways = {"added": added, "two_calls": two_calls, "one_forward": one_forward}
 found = {name: [update(stage, step) for stage in range(4)] for name, step in ways.items()}
 found["coalesced"] = [update(stage, coalesced) for stage in (1, 2, 3)]
+try:
+    update(3, one_forward, stage3_param_persistence_threshold=0)  # as a larger weight would be: not kept whole
+except RuntimeError as error:
+    found["larger"] = str(error)
 print(json.dumps(found))
 """
 
@@ -137,8 +141,11 @@ def test_several_losses_in_four_weights(tmp_path):
     assert found["added"] == [right] * 4 and found["coalesced"] == [right] * 3  # the cures
     assert found["two_calls"] == [right, last_alone, last_alone, right], MENDED
     assert found["one_forward"] == [right, last_alone, last_alone, last_alone], MENDED
+    message = "The size of tensor a (0) must match"
+    assert found.get("larger", "").startswith(message), MENDED
     for name in ("notes.md", "notes.zh.md"):
-        assert "`[0, 1, 0, 0]`" in (ROOT / "day10" / name).read_text()
+        page = (ROOT / "day10" / name).read_text()
+        assert "`[0, 1, 0, 0]`" in page and f"`{message}`" in page
 
 
 @pytest.mark.launch

@@ -18,7 +18,7 @@ from common.errors import UserError, clear_errors
 from day22 import chat_data, exercise, pretrained, solution
 from day22.chat_data import NO_LOSS, answers, collate, encode, endless_order, held_out_loss, load_chat
 from tests.launch import SMALL_CORPUS, error_line, run_day, run_ranks, run_warm
-from tests.render import ROOT
+from tests.render import ROOT, pages
 
 FAMILIES = ["tiny-llama", "tiny-gpt2", "tiny-qwen"]
 FP32 = ROOT / "day22/ds_config_fp32.json"
@@ -266,7 +266,7 @@ def test_matrices_decay_as_the_optimizer_is_told_and_norms_do_not():
     assert {p.dim() for p in groups[0]["params"]} == {2} and {p.dim() for p in groups[1]["params"]} == {1}
 
 
-@pytest.mark.parametrize("day", ["day22", "day23"])
+@pytest.mark.parametrize("day", ["day12", "day22", "day23"])
 def test_the_notes_name_each_optimizers_own_default_decay(day):
     kinds = (torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam)
     found = [float(inspect.signature(kind.__init__).parameters["weight_decay"].default) for kind in kinds]
@@ -310,6 +310,8 @@ def test_fits_asks_the_planner(tmp_path):
     large = next(row for row in table if row["model"] == "Llama 3.1 8B" and row["gpus"] == 1)
     assert large["states_gib"] == pytest.approx(16 * 8.03e9 / 2**30)
     assert large["gib_80"] == "zero2_offload_cpu" and large["gib_8"] == "zero3_offload_cpu"
+    for page in pages():  # what orders the stages is work and messages: in bytes ZeRO-3 can send the least
+        assert not re.search("talks least|通信最少", page.read_text(encoding="utf-8")), page
 
 
 # --- launches ---

@@ -1,11 +1,19 @@
 """Every day's exercise fails with a helpful sentence as shipped, and its solution passes the same check."""
 
+import re
+
 import pytest
 
 from tests.launch import error_line, run_ranks
 from tests.render import ROOT
 
 DAYS = sorted(path.parent.name for path in ROOT.glob("day[0-9][0-9]/exercise.py"))
+
+FIRST_OPEN = r"not yet: TODO \d+, \w+\(\) in line \d+, is still open"
+SAID = {  # these two have no function to fill in
+    "day03": "not yet: TODO, CONFIG is empty",
+    "day04": "not yet: 5 of 5 configs are wrong",
+}
 
 
 @pytest.mark.parametrize("day", DAYS)
@@ -19,7 +27,7 @@ def test_exercise_has_todos_and_solution_has_none(day):
 def test_unsolved_exercise_fails_and_says_what_to_do(day):
     run = run_ranks(f"{day}/exercise.py", check=False)
     assert run.code != 0 and "solved" not in run.stdout
-    assert error_line(run).startswith("not yet")
+    assert re.match(SAID.get(day, FIRST_OPEN), error_line(run)), error_line(run)
 
 
 @pytest.mark.launch

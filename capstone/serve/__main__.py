@@ -6,7 +6,8 @@
 
 Expect one line when it is ready; then http://127.0.0.1:8000 is a chat page, and an OpenAI client works that sends no
 field beyond those of gateway.ChatRequest. SIGTERM or Ctrl-C drains: /ready says 503 at once, answers under way are
-finished, exit code 0. With --backend it uses a server that runs already, vLLM for example. Sources: transformers 5.20, cli/serve.py; uvicorn 0.54, server.py.
+finished, exit code 0. With --backend it uses a server that runs already, vLLM for example. Sources: transformers 5.20,
+cli/serve.py; uvicorn 0.54, server.py.
 """
 
 import argparse
