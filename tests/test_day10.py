@@ -249,6 +249,36 @@ def test_scaling_reads_the_same_text_with_every_batch(tmp_path):
     assert (tmp_path / "loss.png").exists()
 
 
+RUNS_OUT = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from day10.labs import scaling
+
+train = scaling.train
+
+def train_unless_it_is_too_large(accumulation, lr, *rest):
+    row = train(accumulation, lr, *rest)
+    if os.environ["RANK"] == "1" and (accumulation == 2 or lr == 0.004):
+        raise torch.OutOfMemoryError
+    return row
+
+scaling.train = train_unless_it_is_too_large
+scaling.main()
+"""
+
+
+@pytest.mark.launch
+def test_scaling_goes_on_after_a_case_that_ran_out_of_memory(tmp_path):
+    (tmp_path / "runs_out.py").write_text(RUNS_OUT)
+    flags = ["--accumulations", 1, 2, "--lrs", 0.004, 0.0001, "--sequences", 16, *SMALL, "--run_dir", tmp_path]
+    run = run_ranks(tmp_path / "runs_out.py", *flags, ranks=2)
+    table = json.loads((tmp_path / "scaling.json").read_text())["table"]
+    assert [row.get("error") for row in table] == ["out of memory", None, "out of memory", "out of memory"]
+    assert re.findall(r"^best .*", run.stdout, re.M) == ["best learning rate for a batch of 8: 0.0001"]
+    assert (tmp_path / "loss.png").exists()
+
+
 @pytest.mark.launch
 @pytest.mark.parametrize(
     ("change", "sentence"),

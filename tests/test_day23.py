@@ -182,6 +182,30 @@ def test_what_deepspeed_makes_of_a_frozen_base(tmp_path):
         assert result["all_frozen"][stage] and result["all_frozen"][stage] in (ROOT / "day23/notes.md").read_text()
 
 
+RUNS_OUT = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from day23.labs import frozen
+
+def too_large(*_):
+    if os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError
+    return {{}}
+
+frozen.try_stage = too_large
+frozen.main()
+"""
+
+
+@pytest.mark.launch
+def test_frozen_goes_on_after_a_stage_that_ran_out_of_memory(tmp_path):
+    (tmp_path / "runs_out.py").write_text(RUNS_OUT)
+    run_ranks(tmp_path / "runs_out.py", "--run_dir", tmp_path, ranks=2)
+    result = json.loads((tmp_path / "frozen.json").read_text())
+    assert [row["error"] for row in result["table"]] == ["out of memory"] * 3 and len(result["all_frozen"]) == 3
+
+
 @pytest.mark.launch
 def test_compare_follows_the_arithmetic(tmp_path):
     flags = ["--full_lrs", 1e-3, "--lora_lrs", 1e-2, "--lora_ranks", 2, "--steps", 6, "--eval_every", 3]
