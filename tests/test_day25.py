@@ -462,7 +462,7 @@ def test_a_folder_that_cannot_be_written_gets_one_sentence(capsys):
             if error:
                 raise error
             prep.prepare(load_config(overrides=["run_dir=README.md/run"]))
-        assert re.search(said + ".* -> name a folder that can be written: --run_dir", capsys.readouterr().err)
+        assert re.search(said + ".* -> name one that can be written: --run_dir", capsys.readouterr().err)
 
 
 def wrong(answer):
