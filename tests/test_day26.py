@@ -373,7 +373,7 @@ def warm_kills(tmp_path, monkeypatch):
     monkeypatch.setattr(kill_test, "process_tree", lambda pid: jobs[-1].tree())
     monkeypatch.setattr(kill_test, "command_of", command_of)
     is_over, begun, _ = kill_test.STAGES["start"]
-    monkeypatch.setitem(kill_test.STAGES, "start", (is_over, begun, 3.0))
+    monkeypatch.setitem(kill_test.STAGES, "start", (is_over, begun, 0.5))  # forked ranks prepare within 2 s
     return argparse.Namespace(kills=10, ranks=2, more=[f"monitor.port={free_port(2)}"])
 
 
