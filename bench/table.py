@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from bench.memory import is_out_of_memory, out_of_memory_ends
 from bench.results import this_command, write_results
+from bench.timing import losses_apart
 from common.plots import plot_bars
 from common.ranks import print0
 from common.run_log import show_path
@@ -99,6 +100,11 @@ class Table:
                     raise
                 raise MemoryError("out of memory on this rank, while the others wait for it") from error
         return bool(found)
+
+    def from_first(self, row: dict) -> float:
+        """The largest difference of the row's "losses" to those of the first row that has no error."""
+        first = next((other for other in self.rows if "error" not in other), row)
+        return losses_apart(row["losses"], first["losses"])
 
     def save(self, **facts: object) -> None:
         """Write all rows so far, with `facts` that are known by now."""

@@ -28,7 +28,7 @@ sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the scr
 from bench.held import bucket_tensors, bytes_by_kind, live_tensors
 from bench.memory import free, peak_bytes
 from bench.table import Table
-from bench.timing import losses_apart, slowest_median, time_step
+from bench.timing import slowest_median, time_step
 from bench.traffic import count_traffic
 from bench.world import join_world
 from common.data import endless_batches, load_corpus, load_tokenizer, to_device
@@ -208,8 +208,7 @@ def main() -> None:
         kept = live_tensors(device)
         with table.row(Path(case).stem) as row:
             row |= measure(case, blocks, len(tokenizer), args, device)
-            first = next((other for other in table.rows if "error" not in other), row)
-            row["difference"] = losses_apart(row["losses"], first["losses"])
+            row["difference"] = table.from_first(row)
         free(device, kept)
     title = f"{args.model}, {num_ranks} ranks"
     table.bars("total_bytes", "MB held between steps", title, name="memory", scale=1e6)

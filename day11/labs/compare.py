@@ -29,7 +29,7 @@ sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the scr
 from bench.held import live_tensors
 from bench.memory import free, peak_bytes, saved_for_backward
 from bench.table import Table
-from bench.timing import losses_apart, slowest_median, time_step
+from bench.timing import slowest_median, time_step
 from bench.world import join_world
 from common.data import endless_batches, held_out_loss, load_corpus, load_tokenizer, to_device
 from common.errors import UserError, clear_errors
@@ -177,8 +177,7 @@ def main() -> None:
         kept = live_tensors(device)
         with table.row(case) as row:
             row |= measure(case, blocks, held_out_blocks, len(tokenizer), args, device)
-            first = next((other for other in table.rows if "error" not in other), row)
-            row["difference"] = losses_apart(row["losses"], first["losses"])
+            row["difference"] = table.from_first(row)
         free(device, kept)
         forget_autocast()
     trained = [row for row in table.rows if "error" not in row]
