@@ -1,6 +1,7 @@
 """What a rank holds: the bytes of its live tensors, by walking them. Works on CPU and GPU alike."""
 
 import gc
+import time
 from collections.abc import Iterable
 
 import torch
@@ -20,6 +21,22 @@ def live_tensors(device: torch.device) -> dict[int, torch.Tensor]:
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]  # unseen until Python code asks for them
     tensors = [t for t in map(_local, tensors) if t.device.type == device.type and t.layout == torch.strided]
     return {t.untyped_storage().data_ptr(): t for t in tensors if t.untyped_storage().nbytes()}
+
+
+def settled_tensors(device: torch.device, apart_s: float = 0.2, looks: int = 10) -> dict[int, torch.Tensor]:
+    """`live_tensors` once two looks, `apart_s` seconds apart, find the same; after collectives.
+
+    gloo's threads let go of a message a moment after it has arrived, later on a busy machine.
+    """
+    found = live_tensors(device)
+    for _ in range(looks):
+        before = set(found)
+        del found  # or this look would keep alive what is to go
+        time.sleep(apart_s)
+        found = live_tensors(device)
+        if set(found) == before:
+            break
+    return found
 
 
 def live_tensor_bytes(device: torch.device) -> int:

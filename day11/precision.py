@@ -5,14 +5,12 @@
 Checked with deepspeed 0.19.8. Source: arXiv:1710.03740; arXiv:1910.02054, section 3.1; deepspeed/runtime/engine.py.
 """
 
-import time
-
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import torch_autocast
 
-from bench.held import bytes_by_kind, live_tensors
+from bench.held import bytes_by_kind, settled_tensors
 from common.ranks import over_ranks
 from config.plan import model_state_bytes, owned_gradient_elements
 
@@ -50,8 +48,7 @@ def held_bytes(engine: deepspeed.DeepSpeedEngine) -> dict[str, dict[str, float]]
         "masters": list(state),  # Adam keeps its moments by weight: a parameter, or ZeRO's own copy of its slice
         "moments": [moment for moments in state.values() for moment in moments.values() if torch.is_tensor(moment)],
     }
-    time.sleep(0.1)  # gloo's thread lets go of the last message a moment after it has arrived
-    held, tensors = {kind: {} for kind in [*kinds, "other"]}, live_tensors(engine.device).values()
+    held, tensors = {kind: {} for kind in [*kinds, "other"]}, settled_tensors(engine.device).values()
     for dtype, name in NAMES.items():
         for kind, size in bytes_by_kind([t for t in tensors if t.dtype == dtype], **kinds).items():
             held[kind][name] = over_ranks(size, engine.device, "max")

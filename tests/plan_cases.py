@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.held import live_tensors
+from bench.held import live_tensors, settled_tensors
 from bench.world import join_world
 from tests.test_config_plan import CASES
 
@@ -48,7 +48,7 @@ def measure(out: str) -> None:
             engine.step()
         del loss, ids
         gc.collect()
-        now = live_tensors(cpu).items()
+        now = settled_tensors(cpu).items()
         held = torch.tensor(sum(t.untyped_storage().nbytes() for address, t in now if address not in before))
         torch.distributed.all_reduce(held, op=torch.distributed.ReduceOp.MAX)
         results[name] = held.item()
