@@ -15,7 +15,9 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 from common.errors import UserError
 from common.ranks import print0
@@ -34,8 +36,9 @@ def kind_of(path: Path) -> str:
     return (Path(path.stem).suffix if path.suffix in OPENERS else path.suffix).lower()
 
 
-def read_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[str, int]]:
-    """Yield (line with its end, bytes of the file read so far). `encoding` None: UTF-8, or what a byte order mark says.
+@contextmanager
+def _opened(path: Path, encoding: str | None) -> Iterator[tuple[BinaryIO, TextIO]]:
+    """(the file as it lies, its text). `encoding` None: UTF-8, or what a byte order mark says.
 
     Raises UserError at the first byte that does not fit, with its offset, and for a damaged .xz or .gz.
     """
@@ -44,14 +47,20 @@ def read_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[str, i
         with open(path, "rb") as raw, opener(raw) as unpacked:
             start = io.BufferedReader(unpacked)
             found = next((name for mark, name in MARKS.items() if start.peek(4).startswith(mark)), "utf-8")
-            for line in io.TextIOWrapper(start, encoding or found, newline=None):
-                yield line, raw.tell()
+            yield raw, io.TextIOWrapper(start, encoding or found, newline=None)
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged, or not a {path.suffix} file at all: {error}") from None
     except UnicodeError:
         raise UserError(_bad_byte(path, encoding or "utf-8")) from None
     except LookupError:
         raise UserError(f"{path}: Python knows no encoding {encoding!r}; try utf-8, gb18030, big5, cp1252") from None
+
+
+def read_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[str, int]]:
+    """Yield (line with its end, bytes of the file read so far), decoded strictly: UserError as `_opened` says."""
+    with _opened(path, encoding) as (raw, lines):
+        for line in lines:
+            yield line, raw.tell()
 
 
 def paragraphs(lines: Iterator[tuple[str, int]]) -> Iterator[tuple[str, int]]:
@@ -177,8 +186,9 @@ def read_kind(kind: str, files: list[Path], encoding: str | None):
     names = [str(file) for file in files]
     if kind in ROWS:
         for file in files if kind != ".parquet" else ():
-            for _ in read_lines(file, encoding):  # the library's own complaint names neither byte nor encoding
-                pass
+            with _opened(file, encoding) as (_, text):  # the library's own complaint names neither byte nor encoding
+                while text.read(2**20):
+                    pass
         options = {"sep": "\t"} if kind == ".tsv" else {}
         options |= {"encoding": encoding} if encoding and kind != ".parquet" else {}
         return datasets.load_dataset(ROWS[kind], data_files=names, split="train", **options)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from common.errors import UserError
 from day17 import checkpoints as ckpt
 from day17.saving import refuse_what_is_not_finite
+from tests.house import altered_solution
 from tests.launch import ROOT, SMALL_CORPUS, error_line, run_day, run_ranks, run_warm, start_ranks
 
 FLAGS = ["--corpus", SMALL_CORPUS, "--log_every", 2]
@@ -426,10 +427,7 @@ def test_exercise_says_what_is_wrong_with_an_answer(answer, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["exercise.py"])
     monkeypatch.setenv("RANK", "0")
     right, instead, says = WRONG[answer]
-    solution = (ROOT / "day17/solution.py").read_text()
-    assert right in solution
-    names = {"__file__": str(ROOT / "day17/solution.py"), "__name__": "answer"}
-    exec(solution.replace(right, instead), names)
+    names = altered_solution("day17", right, instead)
     with pytest.raises(UserError, match="^not yet: ") as caught:
         names["check"](names["save"], names["load_newest"])
     assert says in str(caught.value)

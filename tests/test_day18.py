@@ -18,6 +18,7 @@ import torch
 from common.errors import UserError
 from day17 import checkpoints as ckpt
 from day18.supervise import Heartbeat, furthest_behind, process_state, read_heartbeats, where
+from tests.house import altered_solution
 from tests.launch import (
     DEEPSPEED,
     ROOT,
@@ -288,10 +289,7 @@ def test_exercise_says_what_is_wrong_with_an_answer(answer, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["exercise.py"])
     monkeypatch.setenv("RANK", "0")
     right, instead, says = WRONG[answer]
-    solution = (ROOT / "day18/solution.py").read_text()
-    assert right in solution
-    names = {"__file__": str(ROOT / "day18/solution.py"), "__name__": "answer"}
-    exec(solution.replace(right, instead), names)
+    names = altered_solution("day18", right, instead)
     with pytest.raises(UserError, match="^not yet: ") as caught:
         names["check"](names["to_universal"], names["to_parts"])
     assert says in str(caught.value)
