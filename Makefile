@@ -1,4 +1,4 @@
-# make train · make day05 · make test · make test-fast · make test-long · make results - each sets itself up.
+# make train · make day05 · make test · make test-fast · make test-long · make results · make site - each sets itself up.
 SHELL  := /bin/bash
 PYTHON ?= python3
 # An environment of your own is used as it is: `make train VENV=/path/to/env`.
@@ -13,11 +13,16 @@ STAMP  := $(VENV)/installed-$(shell cat requirements.txt | cksum | cut -d' ' -f1
 MODEL  := $(VENV)/installed-model-$(shell cat requirements.txt day22/requirements.txt | cksum | cut -d' ' -f1)
 # The model server of day 28 and what checks its deployment files.
 SERVE  := $(VENV)/installed-serve-$(shell cat requirements.txt day28/requirements.txt capstone/serve/requirements.txt | cksum | cut -d' ' -f1)
+# The generator of the course site.
+PAGES  := $(VENV)/installed-pages-$(shell cat requirements.txt site/requirements.txt | cksum | cut -d' ' -f1)
 else
 STAMP  := has-requirements
 MODEL  := has-model
 SERVE  := has-serve
+PAGES  := has-pages
 endif
+# What the site ships from npm (diagrams) and what its tests use; npm writes this file.
+NPM    := site/node_modules/.package-lock.json
 # All accelerators of this machine, or 2 CPU ranks. `make day05 RANKS=4` decides otherwise. Counted once, when a program
 # needs it: by nvidia-smi in no time, and where there are devices of other makes by DeepSpeed, in seconds.
 OTHERS  = $(shell ls /dev/kfd /dev/davinci[0-9]* /dev/accel* /dev/hl[0-9]* $(VENV)/lib/python*/site-packages/torch/lib/libtorch_xpu.so \
@@ -48,7 +53,7 @@ OTHER     := day01 day03 day22 day23 day28
 
 .DEFAULT_GOAL := help
 FORCE:  # the folders day01 ... exist, and must not count as made
-.PHONY: help venv train test test-long test-fast test-gpu lint results render
+.PHONY: help venv train lab test test-long test-fast test-gpu lint results render site serve
 
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -72,15 +77,25 @@ $(MODEL): day22/requirements.txt | $(STAMP)
 $(SERVE): day28/requirements.txt capstone/serve/requirements.txt | $(STAMP)
 	@./install.sh add "$(VENV)" $<
 	@touch $@
+
+$(PAGES): site/requirements.txt | $(STAMP)
+	@./install.sh add "$(VENV)" $<
+	@touch $@
 else
-.PHONY: $(STAMP) $(MODEL) $(SERVE)
+.PHONY: $(STAMP) $(MODEL) $(SERVE) $(PAGES)
 $(STAMP):
 	@./install.sh check "$(VENV)" requirements.txt
 $(MODEL): $(STAMP)
 	@./install.sh check "$(VENV)" day22/requirements.txt
 $(SERVE): $(STAMP)
 	@./install.sh check "$(VENV)" day28/requirements.txt
+$(PAGES): $(STAMP)
+	@./install.sh check "$(VENV)" site/requirements.txt
 endif
+
+$(NPM): site/package-lock.json
+	@command -v npm >/dev/null || { echo "error: npm is not installed: sudo apt-get install npm" >&2; exit 1; }
+	npm ci --prefix site --ignore-scripts --no-audit --no-fund
 
 train: day02  ## train the first DeepSpeed program (day 02), on all GPUs or on 2 CPU ranks
 
@@ -106,9 +121,14 @@ day28: $(SERVE) FORCE
 
 capstone: day28 FORCE  ## the whole project: prepare, train, evaluate, export, serve, one chat request
 
+lab: $(STAMP)  ## several hosts on this machine, and a shell on the first (day 24): sudo make lab ARGS="--hosts 3"
+	@$(BIN)/python day24/hosts.py $(ARGS)
+
 # $(call tests,PYTEST FLAGS): what can run side by side on two workers, then alone what measures time or memory. Both
 # are run; "no such test" (exit code 5) is no failure unless both say so.
 WORKERS ?= 2
+# The site's tests need what builds it; where there is no npm they are skipped, and say so.
+WEB := $(PAGES) $(if $(shell command -v npm),$(NPM))
 SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 tests = @code() { "$$@"; last=$$?; [ $$last != 2 ] || exit 2; }; \
     code $(BIN)/python -m pytest $(1) --serial without $(SIDE_BY_SIDE) $(ARGS); first=$$last; \
@@ -120,10 +140,10 @@ tests = @code() { "$$@"; last=$$?; [ $$last != 2 ] || exit 2; }; \
         *) echo "tests failed on the $(WORKERS) workers: see the first of the two summaries above"; exit $$first ;; \
     esac
 
-test: $(MODEL) $(SERVE)  ## every test but the long ones (a quarter of an hour on 2 cores, more on slow ones)
+test: $(MODEL) $(SERVE) $(WEB)  ## every test but the long ones (a quarter of an hour on 2 cores, more on slow ones)
 	$(call tests,)
 
-test-long: $(MODEL) $(SERVE)  ## the reliability tests: runs killed, files damaged, disks full (20 minutes)
+test-long: $(MODEL) $(SERVE) $(WEB)  ## the reliability tests: runs killed, files damaged, disks full (20 minutes)
 	$(call tests,-m long)
 
 test-fast: $(MODEL) $(SERVE)  ## the tests that launch nothing (seconds)
@@ -145,3 +165,10 @@ render: $(STAMP)  ## bring the generated blocks of the notes (diffs, tables, out
 results: $(MODEL) $(SERVE)  ## measure the notes' figures again on this machine (LABEL=h100 names the files, DAYS="day05 day12" some)
 	$(THREADS) $(BIN)/python -m tests.recipes --label $(LABEL) $(DAYS)
 	$(BIN)/python -m tests.render
+
+site: $(PAGES) $(NPM)  ## the course as a web site, both languages: site/html/index.html (a minute)
+	$(BIN)/python site/build.py $(ARGS)
+
+PORT ?= 8000
+serve: site  ## show it at http://localhost:8000 (make serve PORT=8001)
+	$(BIN)/python -m http.server --directory site/html $(PORT)

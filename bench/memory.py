@@ -14,7 +14,7 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,14 +50,13 @@ def saved_for_backward(parameters: Iterable[torch.Tensor]) -> Iterator[dict[torc
         found[dtype] = found.get(dtype, 0) + size
 
 
-def free(device: torch.device, keep: Iterable[int]) -> None:
+def free(device: torch.device, keep: Collection[int]) -> None:
     """Empty what a case made on `device`: `engine.destroy()` leaves the tensors of stage 3 alive (0.19.8).
 
     `keep`: what was there before and is to stay, `live_tensors(device)` taken before the case. (Python objects from
     before a `gc.freeze()` stay as well.)
     """
     gc.collect()
-    keep = set(keep)
     for address, tensor in live_tensors(device).items():
         if address not in keep and tensor.untyped_storage().resizable():
             tensor.untyped_storage().resize_(0)
@@ -76,7 +75,9 @@ def limit_memory(limit: int | None, device: torch.device) -> int:
     share of the card is the unit, and Linux's on a CPU, for private memory.
     """
     if device.type == "cpu":
-        ctypes.CDLL(None).mallopt(-3, 2**16)  # glibc: each tensor over 64 KiB its own mapping, given back when freed
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**16)  # glibc: each tensor over 64 KiB its own mapping, given back when freed
+        libc.malloc_trim(0)  # and the holes left by earlier ones are given back now: a tensor that fits one counts too
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         resource.setrlimit(resource.RLIMIT_DATA, (status_bytes("VmData") + limit if limit else hard, hard))

@@ -71,7 +71,7 @@ def launch(ranks: int, *words: object, port: int | None = None) -> subprocess.Co
     """Run `launch_command(...)` to its end, its output kept as text. Raises UserError with its last complaint."""
     done = subprocess.run(launch_command(ranks, *words, port=port), capture_output=True, text=True)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "Error" in line or line.startswith("error: ")]
+        lines = [s for s in done.stderr.splitlines() if s.startswith("error: ") or ("Error" in s and s[:2] != "错误")]
         last = lines[-1].removeprefix("error: ") if lines else f"exit code {done.returncode}: {done.stderr[-500:]}"
         raise UserError(last)
     return done
@@ -83,16 +83,25 @@ def run_ranks(ranks: int, *words: object, port: int | None = None) -> list[subpr
     Return exit code and output of each rank. One that fails ends the others after 3 s: they wait for it in vain.
     """
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()), "WORLD_SIZE": str(ranks)}
+    return run_together([world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)], *words)
+
+
+def run_together(
+    environments: list[dict[str, str]], *words: object, inside: Iterable[tuple[str, ...]] | None = None
+) -> list[subprocess.CompletedProcess]:
+    """Run a script once for each of `environments`, all at once: `run_ranks`, for ranks of other kinds.
+
+    `inside`: for each of them the words that start it elsewhere, `("ip", "netns", "exec", "A")` say.
+    """
     command = [sys.executable, *map(str, words)]
     with ExitStack() as files:  # files and not pipes: nobody reads while they run, and a full pipe would stop a rank
-        outputs = [[files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in range(ranks)]
+        outputs = [[files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in environments]
         processes = [
-            subprocess.Popen(
-                command, env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=stdout, stderr=stderr,
+            subprocess.Popen([*where, *command], env=os.environ | environment, stdout=stdout, stderr=stderr)
+            for where, environment, (stdout, stderr) in zip(
+                inside or [()] * len(environments), environments, outputs, strict=True
             )
-            for rank, (stdout, stderr) in enumerate(outputs)
-        ]  # fmt: skip
+        ]
         while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
             time.sleep(0.05)
         ended = []
@@ -138,7 +147,5 @@ def command_of(process: psutil.Process) -> list[str]:
 def kill_all(processes: Iterable[psutil.Process]) -> None:
     """SIGKILL to all of them at once; who is gone already is gone."""
     for process in processes:
-        try:
+        with suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            continue

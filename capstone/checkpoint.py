@@ -5,6 +5,8 @@ What is new: where day 18 asks for a conversion by hand, a start on other ranks 
 
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from day17 import checkpoints as ckpt
 from day17.saving import save as save_whole
 from day18.loading import load_safely
 
+CONVERT = ROOT / "day18/convert.py"
 __all__ = ["choose", "load", "save", "load_safely"]
 
 
@@ -41,20 +44,29 @@ def choose(root: Path, section: dict[str, Any]) -> Path | None:
         made = f"{facts['ranks']} ranks at stage {facts['zero_stage']}"
         print0(f"resume: {found.name} is of {made}, this run has {world} at stage {stage}: loading {universal.name}")
         if ckpt.problem_with(universal):
-            with ckpt.all_or_none(f"converting {found.name}", root):
-                if rank == 0:
-                    convert(root)
+            convert(root, found.name)
         section.setdefault("checkpoint", {})["load_universal"] = True
         found = universal
     print0(f"resume: {found.name}, {len(facts['files'])} files verified, continuing after step {facts['step']}")
     return found
 
 
-def convert(root: Path) -> None:
-    """Day 18's program, in a process of its own: it starts workers, and this one has threads that no fork survives."""
-    program = subprocess.run([sys.executable, ROOT / "day18/convert.py", root], capture_output=True, text=True)
-    if program.returncode:
-        raise RuntimeError(program.stderr.strip().splitlines()[-1])
+def convert(root: Path, name: str) -> None:
+    """Day 18's program, in a process of its own: it starts workers, and rank 0 has threads that no fork survives.
+
+    Collective: large weights take longer than a process group waits in one collective, so until the program has ended
+    all ranks meet twice a second.
+    """
+    program, said = None, tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the program
+    with ckpt.all_or_none(f"converting {name}", root):
+        if ckpt.rank_and_world()[0] == 0:
+            program = subprocess.Popen([sys.executable, CONVERT, root], stdout=subprocess.DEVNULL, stderr=said)
+    while ckpt.from_all_ranks(program and program.poll())[0] is None:
+        time.sleep(0.5)
+    with ckpt.all_or_none(f"converting {name}", root):
+        if program and program.returncode:
+            said.seek(0)
+            raise RuntimeError(said.read().strip().splitlines()[-1])
 
 
 def load(engine: deepspeed.DeepSpeedEngine, found: Path) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from common.errors import UserError, clear_errors
 from common.model import PRESETS
@@ -45,11 +45,21 @@ class Data(Section):
     encoding: str | None = None  # of text that is neither UTF-8 nor has a byte order mark: gb18030, cp1252, ...
     min_chars: Annotated[int, Field(ge=0)] = 200  # shorter documents are dropped
     min_letters: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of letters; below it a document is no text
+    quality: Literal["none", "gopher"] = "none"  # rules for web text in English, by which more documents are dropped
     near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.8  # Jaccard similarity (of runs of 5 words) from which on
+    decontaminate: list[str] = []  # evaluation texts, named as sources are, and held_out: what shares 13 words with one
+    weights: dict[str, Annotated[float, Field(gt=0)]] = {}  # of sources: how often training sees each document; else 1
     held_out_share: Share = 0.05  # of the documents
     chunk_mb: Annotated[float, Field(gt=0)] = 4.0  # of text (MB = 10^6 characters) that a worker has at a time
     shard_mb: Annotated[float, Field(gt=0)] = 64.0  # of text in a shard
     workers: Count = max(1, os.cpu_count() or 1)
+
+    @field_validator("weights")
+    @classmethod
+    def of_sources(cls, weights: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        if unknown := [name for name in weights if name not in info.data.get("sources", [])]:
+            raise ValueError(f"{unknown[0]!r} is none of data.sources")
+        return weights
 
 
 class Tokenizer(Section):

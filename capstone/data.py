@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.run_log import show_path
 from day17.checkpoints import GlobalOrder, problem_with, read_manifest
 
-__all__ = ["GlobalOrder", "Tokens", "Blocks", "open_tokens", "load_blocks", "train_batches"]
+__all__ = ["GlobalOrder", "Tokens", "Blocks", "open_tokens", "load_blocks", "spread", "train_batches"]
 
 
 class Tokens:
@@ -86,8 +86,19 @@ def load_blocks(config: Config, split: str, block_size: int, verify: bool = Fals
     return blocks
 
 
+def spread(blocks: Blocks, number: int) -> list[int]:
+    """`number` of the blocks, or all, at even distances: every source has its share, and the sample stays the same."""
+    number = min(number, len(blocks))
+    return [index * len(blocks) // number for index in range(number)]
+
+
 def train_batches(blocks: Blocks, micro_batch: int, seed: int, sequences: int = 0) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's batches for ever, from the run's sequence number `sequences` on."""
+    """This rank's batches for ever, from the run's sequence number `sequences` on.
+
+    The loader draws a seed for its workers when it begins: from a generator of its own, or a resumed run, whose random
+    state has just been restored, would drop out other activations than the uninterrupted one.
+    """
     order = GlobalOrder(len(blocks), micro_batch, seed, sequences)
     pin = get_accelerator().device_name() != "cpu"  # a copy to the device then need not wait for what runs there
-    return iter(DataLoader(blocks, batch_size=micro_batch, sampler=order, pin_memory=pin))
+    own = torch.Generator().manual_seed(seed)
+    return iter(DataLoader(blocks, batch_size=micro_batch, sampler=order, pin_memory=pin, generator=own))

@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from capstone.config import Config, add_config_flags, load_config
-from capstone.data import Blocks, Tokens, load_blocks
+from capstone.data import Blocks, Tokens, load_blocks, spread
 from capstone.model import as_transformers, build
+from capstone.ranks import from_rank_0
 from common.cpu import start_without_compiler
 from common.data import load_tokenizer
 from common.errors import UserError, clear_errors
@@ -68,9 +69,9 @@ def bits_per_byte(nats_per_token: float, tokens: int, text_bytes: int) -> float:
 
 
 def perplexity(model: torch.nn.Module, blocks: Blocks, device: torch.device, max_blocks: int, micro_batch: int) -> dict:
-    """Mean nats a token over the first `max_blocks` blocks and what follows from it. Collective: ranks share blocks."""
+    """Mean nats a token over `max_blocks` blocks spread evenly, and what follows. Collective: ranks share blocks."""
     rank, world = rank_and_world()
-    mine = range(min(max_blocks, len(blocks)))[rank::world]
+    mine = spread(blocks, max_blocks)[rank::world]
     nats = tokens = 0.0
     for at in range(0, len(mine), micro_batch):
         batch = torch.stack([blocks[index]["input_ids"] for index in mine[at : at + micro_batch]]).to(device)
@@ -83,6 +84,26 @@ def perplexity(model: torch.nn.Module, blocks: Blocks, device: torch.device, max
         "bits_per_byte": bits_per_byte(mean, facts["tokens"], facts["text_bytes"]),
         "bytes_per_token": facts["text_bytes"] / facts["tokens"],
     }  # fmt: skip
+
+
+@torch.no_grad()
+def held_out_loss(
+    engine: torch.nn.Module, blocks: Blocks, device: torch.device, max_blocks: int = 64, micro_batch: int = 16
+) -> float:
+    """Mean loss (nats a token) of a model in training over the sample that `perplexity` takes. Collective.
+
+    Every rank runs as many forward passes, as ZeRO-3 needs: one that has no block left takes the first, for nothing.
+    """
+    rank, world = rank_and_world()
+    sample, total = spread(blocks, max_blocks), 0.0
+    mine = sample[rank::world]
+    engine.eval()
+    for at in range(0, -(-len(sample) // world), micro_batch):
+        rows = mine[at : at + micro_batch]
+        ids = torch.stack([blocks[index]["input_ids"] for index in rows or sample[:1]]).to(device)
+        total += engine(input_ids=ids, labels=ids).loss.item() * len(rows)
+    engine.train()
+    return over_ranks(total, device, "sum") / len(sample)
 
 
 # --- multiple choice: which of these pieces of text goes on here? ---
@@ -191,7 +212,8 @@ def evaluate(model: torch.nn.Module, config: Config, device: torch.device) -> di
 def evaluate_run(config: Config) -> dict:
     """The last stage of a run: the report on its model/, read where these settings have been measured. Collective."""
     path, settings = config.run_path / "evaluation.json", config.evaluate.model_dump()
-    if path.exists() and (report := json.loads(path.read_text()))["settings"] == settings:
+    report = from_rank_0(lambda: json.loads(path.read_text()) if path.exists() else None)
+    if report and report["settings"] == settings:
         print0(f"evaluate: done already | {show_path(path)}")
         return report
     device = torch.device(get_accelerator().current_device_name())

@@ -66,7 +66,8 @@ def provenance(run: Path, config: Config) -> dict:
         "weights_sha256": {path.name: sha256(path) for path in weights},
         "data": {
             "fingerprint": data["fingerprint"], "manifest_sha256": data_sum, "sources": data["sources"],
-            "counts": data["counts"], "splits": data["splits"], "tokenizer_sha256": data["tokenizer_sha256"],
+            "counts": data["counts"], "mixture": data.get("mixture"), "splits": data["splits"],
+            "tokenizer_sha256": data["tokenizer_sha256"],
         },
         "training": json.loads((run / "model" / "training.json").read_text(encoding="utf-8")),
         "config": config.model_dump(),
@@ -136,7 +137,9 @@ def export(run: Path, out: Path) -> dict:
         raise UserError(
             f"{show_path(partial)} does not give the logits of {show_path(run / 'model')}: nothing exported"
         )
-    assert AutoTokenizer.from_pretrained(partial)("The whale")["input_ids"] == tokenizer("The whale")["input_ids"]
+    said = tokenizer.decode(ids[0])
+    if AutoTokenizer.from_pretrained(partial)(said)["input_ids"] != tokenizer(said)["input_ids"]:
+        raise UserError(f"{show_path(partial)} does not tokenize as {config.tokenizer.name} does: nothing exported")
     manifest = publish(partial, out.name, identity=identity, model=name)
     size_mb = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
     print(

@@ -3,6 +3,8 @@
 Both end as the same `transformers` folder. `lean` initialises other weights than `transformers` does: another run.
 """
 
+import json
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,6 +16,7 @@ from transformers import GPT2LMHeadModel
 from capstone.config import Config
 from common.model import build_model, get_preset
 from day12.gpt import GPT, build_gpt, to_transformers
+from day17.checkpoints import all_or_none, write_whole
 
 
 def build(config: Config, vocab_size: int, eos_token_id: int) -> torch.nn.Module:
@@ -59,3 +62,26 @@ def speed_up(engine: deepspeed.DeepSpeedEngine) -> Callable[[], AbstractContextM
 
 def as_transformers(model: torch.nn.Module, eos_token_id: int) -> GPT2LMHeadModel:
     return to_transformers(model, eos_token_id) if isinstance(model, GPT) else model
+
+
+def save_model(config: Config, engine: deepspeed.DeepSpeedEngine, tokenizer, facts: dict[str, Any]) -> None:
+    """The weights as a `transformers` folder, whole or not there, with what they were trained with. Collective.
+
+    Under ZeRO-3 each parameter is made whole by itself and goes to rank 0's host memory: all at once would not fit
+    where ZeRO-3 was needed.
+    """
+    final, weights = config.run_path / "model", {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if engine.global_rank == 0:
+                weights[name] = parameter.detach().to("cpu", copy=True)
+    with all_or_none("saving the model", final.parent):
+        if engine.global_rank == 0:
+            model, partial = build(config, len(tokenizer), tokenizer.eos_token_id), final.with_name("partial_model")
+            for name, parameter in model.named_parameters():
+                parameter.data = weights.pop(name)
+            shutil.rmtree(partial, ignore_errors=True)
+            as_transformers(model, tokenizer.eos_token_id).save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            write_whole(partial / "training.json", json.dumps(facts, indent=2))
+            partial.rename(final)

@@ -2,8 +2,9 @@
 
 MinHash and its banding are numpy here, not the datasketch library: signatures and band keys must lie on disk as
 arrays, for a few bytes a document; datasketch 2.0 keeps an LSH index of Python objects in memory, and needs SciPy.
-Sources: Broder 1997, On the resemblance and containment of documents; Leskovec, Rajaraman, Ullman, Mining of Massive
-Datasets, chapter 3; Lee et al. 2022 (arXiv:2107.06499) on why deduplicating makes language models better.
+Sources: Rae et al. 2021 (arXiv:2112.11446), appendix A.1, on quality; Brown et al. 2020 (arXiv:2005.14165), appendix
+C, on contamination; Broder 1997, On the resemblance and containment of documents; Leskovec, Rajaraman, Ullman, Mining
+of Massive Datasets, chapter 3; Lee et al. 2022 (arXiv:2107.06499) on why deduplicating makes language models better.
 """
 
 import hashlib
@@ -70,7 +71,7 @@ RULES = (
 )  # fmt: skip
 
 
-def clean(text: str, min_chars: int, min_letters: float, counts: Counter) -> str | None:
+def clean(text: str, min_chars: int, min_letters: float, counts: Counter, quality: str = "none") -> str | None:
     """Return the text as it is kept, or None when it is dropped; `counts` learns what each rule changed or dropped."""
     for name, rule in RULES:
         changed = rule(text)
@@ -82,11 +83,46 @@ def clean(text: str, min_chars: int, min_letters: float, counts: Counter) -> str
     if sum(map(str.isalpha, text)) < min_letters * len(re.sub(r"\s", "", text)):
         counts["dropped_no_letters"] += 1
         return None
+    if quality == "gopher" and (flaw := gopher_flaw(text)):
+        counts[f"dropped_{flaw}"] += 1
+        return None
     return text
+
+
+STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
+MOST_OF_TEXT = {2: 0.20, 3: 0.18, 4: 0.16}  # words in a row: share of the characters that the commonest may make up
+
+
+def gopher_flaw(text: str) -> str | None:
+    """The first of Gopher's rules that the text breaks. They were made for web pages in English: lists, menus, spam."""
+    words, lines = text.split(), [line.strip() for line in text.splitlines() if line.strip()]
+    letters = sum(any(map(str.isalpha, word)) for word in words)
+    rules = {
+        "word_count": not 50 <= len(words) <= 100_000,
+        "word_length": not 3 <= sum(map(len, words)) / max(1, len(words)) <= 10,
+        "symbols": text.count("#") + text.count("...") + text.count("\u2026") > 0.1 * len(words),
+        "bullets": sum(line[0] in "-*\u2022" for line in lines) > 0.9 * len(lines),
+        "ellipses": sum(line.endswith(("...", "\u2026")) for line in lines) > 0.3 * len(lines),
+        "few_words": letters < 0.8 * len(words),
+        "stop_words": len(STOP_WORDS & set(text.casefold().split())) < 2,
+        "repeated_lines": len(lines) - len(set(lines)) > 0.3 * len(lines),
+    }
+    flaw = next((name for name, broken in rules.items() if broken), None)
+    return flaw or ("repeated_words" if repeats_itself(words) else None)
+
+
+def repeats_itself(words: list[str]) -> bool:
+    for length, most in MOST_OF_TEXT.items():
+        runs = Counter(zip(*(words[at:] for at in range(length)), strict=False))
+        run, times = runs.most_common(1)[0]
+        if times > 1 and times * sum(map(len, run)) > most * sum(map(len, words)):
+            return True
+    return False
 
 
 # --- sign: an exact key, and a MinHash signature of which two documents share as large a part as of their shingles ---
 
+CONTAMINATED, COMMON = 13, 10  # words in a row that an evaluation text shares; in more documents they are a phrase
 NUM_HASHES, BAND_ROWS, SHINGLE = 128, 4, 5  # 32 bands: a pair at 0.8 meets in one with probability 1 - 5e-8
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")  # Chinese and Japanese have no spaces: a character is a word
 _random = np.random.default_rng(20260125)
@@ -104,19 +140,24 @@ def split_of(key: bytes, held_out_share: float) -> str:
     return "held_out" if int.from_bytes(key[:8], "big") < held_out_share * 2**64 else "train"
 
 
+def copies_of(key: bytes, weight: float) -> int:
+    """How often a document of a source with this weight is trained on: 2.5 is twice, and every other one once more."""
+    return int(weight) + (int.from_bytes(key[8:], "big") < weight % 1 * 2**64)
+
+
 @lru_cache(maxsize=200_000)
 def word_hash(word: str) -> int:
     return zlib.crc32(word.encode())
 
 
-def shingles(text: str) -> np.ndarray:
-    """One 64-bit number for each distinct run of five words."""
+def shingles(text: str, length: int = SHINGLE) -> np.ndarray:
+    """One 64-bit number for each distinct run of `length` words."""
     words = np.array([word_hash(word) for word in WORD.findall(text.casefold())], dtype=np.uint64)
-    if len(words) < SHINGLE:  # too short for one: the whole is the shingle
-        words = np.pad(words, (0, SHINGLE - len(words)))
-    mixed = np.zeros(len(words) - SHINGLE + 1, dtype=np.uint64)
-    for at in range(SHINGLE):
-        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + words[at : len(words) - SHINGLE + 1 + at]
+    if len(words) < length:  # too short for one: the whole is the shingle
+        words = np.pad(words, (0, length - len(words)))
+    mixed = np.zeros(len(words) - length + 1, dtype=np.uint64)
+    for at in range(length):
+        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + words[at : len(words) - length + 1 + at]
     for shift in (np.uint64(31), np.uint64(27)):  # spread over all bits, as splitmix64 does
         mixed = (mixed ^ (mixed >> shift)) * np.uint64(0xBF58476D1CE4E5B9)
     return np.unique(mixed)

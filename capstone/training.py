@@ -6,13 +6,12 @@ Checked with deepspeed 0.19.8. Source: each part's day, as capstone/ names it.
 """
 
 import json
+import math
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -23,17 +22,18 @@ from filelock import FileLock, Timeout
 from capstone import checkpoint
 from capstone.config import Config, Model, as_yaml, deepspeed_section
 from capstone.data import load_blocks, train_batches
-from capstone.evaluate import evaluate_run, print_report
-from capstone.model import as_transformers, build, flops_per_token, parameter_groups, speed_up
+from capstone.evaluate import evaluate_run, held_out_loss, print_report
+from capstone.model import build, flops_per_token, parameter_groups, save_model, speed_up
 from capstone.monitor import TARGETS, Monitor
-from capstone.prepare import prepare
+from capstone.prepare import checked, make_shards
+from capstone.ranks import from_rank_0
 from common.cpu import start_without_compiler
-from common.data import held_out_loss, load_tokenizer, to_device
+from common.data import load_tokenizer, to_device
 from common.errors import UserError
 from common.model import get_preset
 from common.ranks import print0
 from common.run_log import show_path
-from day17.checkpoints import StopSignals, all_or_none, from_all_ranks, seed_all, write_whole
+from day17.checkpoints import StopSignals, from_all_ranks, seed_all, write_whole
 from day17.saving import refuse_what_is_not_finite
 
 OnStep = Callable[[int, deepspeed.DeepSpeedEngine, dict[str, torch.Tensor]], None]
@@ -140,7 +140,7 @@ def train(config: Config, facts: dict[str, Any], on_step: OnStep | None = None) 
     if to_the_end:
         for number in (signal.SIGTERM, signal.SIGUSR1):  # from here on nothing is lost: a signal ends the process
             signal.signal(number, signal.SIG_DFL)
-        save_model(started.engine, tokenizer, config.run_path / "model", facts)
+        save_model(config, started.engine, tokenizer, facts)
     started.log.close()
     started.engine.destroy()
     return to_the_end
@@ -150,13 +150,15 @@ def train_steps(config: Config, started: Start, on_step: OnStep | None) -> bool:
     """The loop, from the step that was started at to the last; False when a signal has ended it before. Collective."""
     engine, log, settings = started.engine, started.log, config.train
     root, block_size = config.run_path / "checkpoints", get_preset(config.model.preset).block_size
-    blocks, held_out = (load_blocks(config, split, block_size, verify=True) for split in ("train", "held_out"))
+    blocks = load_blocks(config, "train", block_size, verify=True)  # all shards, those of the held-out part too
+    held_out = load_blocks(config, "held_out", block_size)
     sequences = started.step * engine.train_batch_size()
     batches = train_batches(blocks, engine.train_micro_batch_size_per_gpu(), settings.seed, sequences=sequences)
     accumulation = engine.gradient_accumulation_steps()
     # One rank has nobody to average with; ZeRO-0 would still flatten all gradients and copy them back: day 12.
     alone = engine.zero_optimization_stage() == 0 and engine.dp_world_size == 1
     maybe_average = engine.no_sync if alone else nullcontext
+    finite = Finite(engine, config.checkpoint.stop_at_nan)
     for step in range(started.step + 1, settings.steps + 1):
         local_loss, norm = 0.0, None
         for _ in range(accumulation):
@@ -170,12 +172,16 @@ def train_steps(config: Config, started: Start, on_step: OnStep | None) -> bool:
                 norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), started.clip)
             engine.step()
             local_loss += loss.detach() / accumulation
+        finite.note(step, local_loss, norm)
         log.step(step, local_loss, tokens=accumulation * batch["input_ids"].numel(), grad_norm=norm)
         stopped_by, last, measured = started.stop.agreed(), step == settings.steps, None
         saves = last or stopped_by or step % config.checkpoint.save_every == 0
-        if last or step % settings.eval_every == 0:
+        evaluates = last or step % settings.eval_every == 0
+        if saves or evaluates or step == 1 or step % settings.log_every == 0:
+            finite.check()  # where the host has waited for the device anyway, and before anything is saved
+        if evaluates:
             with started.evaluating():
-                measured = held_out_loss(engine, held_out, engine.device, max_blocks=64)
+                measured = held_out_loss(engine, held_out, engine.device)
             log.held_out(step, measured)
             log.restart_clock()
         ends = last or stopped_by or config.checkpoint.stop_at_nan
@@ -188,6 +194,39 @@ def train_steps(config: Config, started: Start, on_step: OnStep | None) -> bool:
             print0(f"stopped by {stopped_by} after step {step}, which is saved: the same command continues")
             return False
     return True
+
+
+class Finite:
+    """Loss and gradient norm of the first step in which one is NaN or infinite, kept on the device.
+
+    To look at them after each step, the host would have to wait for the device and could not run ahead of it.
+    In fp16 the norm does not count: by infinite gradients the loss scaler learns that its factor is too large.
+    """
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, looks: bool) -> None:
+        self.engine, self.looks, self.scaled = engine, looks, engine.fp16_enabled()
+        self.found = torch.zeros(3, device=engine.device)  # step (0: none), loss of this rank, norm
+
+    def note(self, step: int, loss: torch.Tensor, norm: torch.Tensor | None) -> None:
+        """After an optimizer step; `norm` is DeepSpeed's where the loop has none."""
+        if not self.looks:
+            return
+        norm = self.engine.get_global_grad_norm() if norm is None else norm
+        norm = 0.0 if norm is None or self.scaled else norm  # at ZeRO-0 without clipping nobody works one out
+        values = [torch.as_tensor(value, device=self.found.device).float() for value in (loss, norm)]
+        now = torch.stack([torch.full_like(values[0], step), *values])
+        self.found = torch.where((self.found[0] == 0) & ~now.isfinite().all(), now, self.found)
+
+    def check(self) -> None:
+        """Raise UserError on all ranks when a value was not finite on any. Collective."""
+        rows = [(row, rank) for rank, row in enumerate(from_all_ranks(self.found.tolist())) if row[0]]
+        if rows:
+            (step, loss, norm), rank = min(rows, key=lambda row: (row[0][0], math.isfinite(row[0][1])))
+            raise UserError(
+                f"step {step:.0f}: loss {loss} on rank {rank}, gradient norm {norm}: stopped, and nothing saved since."
+                " The same command goes on from the last checkpoint, into the same batch: look at the data, or lower"
+                " the learning rate in another run_dir. At ZeRO-1 to 3, checkpoint.stop_at_nan=false skips such steps."
+            )
 
 
 def is_sound(engine: deepspeed.DeepSpeedEngine, step: int, held_out: float | None, ends: bool) -> bool:
@@ -204,36 +243,22 @@ def is_sound(engine: deepspeed.DeepSpeedEngine, step: int, held_out: float | Non
     return True
 
 
-def save_model(engine: deepspeed.DeepSpeedEngine, tokenizer, final: Path, facts: dict[str, Any]) -> None:
-    """The weights as a `transformers` folder, whole or not there, with what they were trained with. Collective."""
-    model, partial = engine.module, final.with_name("partial_model")
-    whole = deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None)  # under ZeRO-3 too
-    with whole, all_or_none("saving the model", final.parent):
-        if engine.global_rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            as_transformers(model, tokenizer.eos_token_id).save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-            write_whole(partial / "training.json", json.dumps(facts, indent=2))
-            partial.rename(final)
-
-
 def join(config: Config, facts: dict[str, Any]) -> FileLock:
     """Take the run's folder, which nobody else may have, for what `facts` say. Collective; rank 0 holds the lock."""
-    lock, problem = FileLock(config.run_path / ".lock"), None  # held while this process lives
-    try:
-        if torch.distributed.get_rank() == 0:
+    lock, where = FileLock(config.run_path / ".lock"), show_path(config.run_path)  # held while this process lives
+
+    def take() -> None:
+        try:
             lock.acquire(timeout=10)  # a process that was killed just now may still be ending
             check_same_run(config, facts)
-    except UserError as error:
-        problem = str(error)
-    except Timeout:
-        problem = f"{show_path(config.run_path)} is being trained already"
-    except OSError as error:
-        problem = f"{show_path(config.run_path)}: {error.strerror}: name a run_dir that can be written"
-    except Exception as error:  # whatever it is, the other ranks wait for an answer
-        problem = f"{show_path(config.run_path)}/run.json: {type(error).__name__}: {error}"
-    if problem := from_all_ranks(problem)[0]:
-        raise UserError(problem)
+        except Timeout:
+            raise UserError(f"{where} is being trained already") from None
+        except OSError as error:
+            raise UserError(f"{where}: {error.strerror}: name a run_dir that can be written") from error
+        except ValueError as error:
+            raise error if isinstance(error, UserError) else UserError(f"{where}/run.json: {error}") from error
+
+    from_rank_0(take)
     return lock
 
 
@@ -243,12 +268,13 @@ def run(config: Config, on_step: OnStep | None = None) -> bool:
     Call it in a process that a launcher started. Return False when a signal has ended it before the end.
     """
     start_without_compiler()
-    manifest = prepare(config)  # before the ranks connect: no collective waits while one process works
+    made = make_shards(config)  # before the ranks connect: no collective waits while one process works
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed()
+    manifest = checked(config, made)
     facts = facts_of(config, manifest["fingerprint"], torch.distributed.get_world_size())
     lock, model_dir = join(config, facts), config.run_path / "model"
-    if not model_dir.exists():
+    if not from_rank_0(model_dir.exists):
         if not train(config, facts, on_step):
             torch.distributed.destroy_process_group()
             return False

@@ -25,7 +25,6 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-import psutil
 from deepspeed.accelerator import get_accelerator
 from filelock import FileLock, Timeout
 
@@ -33,6 +32,7 @@ from bench.memory import NO_ROOM
 from bench.results import machine, write_results
 from bench.world import default_ranks, end_session, launch_command
 from capstone.config import Config, add_config_flags, as_yaml, deepspeed_section, fingerprint, load_config
+from capstone.monitor import memory_limit
 from common.errors import UserError, clear_errors
 from common.run_log import ROOT, show_path
 from config.plan import GIB, gpt2_model, predict
@@ -307,14 +307,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def memory_limit(limit_gib: float | None, ranks: int) -> int:
-    """Bytes that a rank may take: what was asked for, or 0.95 of its device, or of its share of this machine's RAM."""
-    if limit_gib:
-        return int(limit_gib * GIB)
-    on_cpu = get_accelerator().device_name() == "cpu"
-    return int(0.95 * (psutil.virtual_memory().total / ranks if on_cpu else get_accelerator().total_memory()))
-
-
 def finals(problem: Problem, tried: dict[Settings, dict], trial: Trials, args: argparse.Namespace) -> dict:
     """The fastest few and the config as it is, measured again in turns: {settings: tokens/s}, fastest first."""
     finalists = fastest(tried)[: args.finalists]
@@ -336,7 +328,8 @@ def try_the_rest(found: Settings, points: list[Settings], pruned: dict, trial: T
 
 
 def tune(args: argparse.Namespace, config: Config, folder: Path) -> None:
-    problem = Problem(config, args.ranks, memory_limit(args.limit_gib, args.ranks))
+    limit = args.limit_gib * GIB if args.limit_gib else 0.95 * memory_limit(args.ranks)
+    problem = Problem(config, args.ranks, int(limit))
     yes = [word == "yes" for word in args.recompute]
     points = problem.grid(
         micro_batch=args.micro_batch, stage=args.stage, offload=args.offload, recompute=yes, bucket=args.bucket
@@ -377,6 +370,7 @@ def write_down(
     if as_it_is := [row for row in rows if row["settings"] == str(problem.as_it_is) and row["status"] != "pruned"]:
         speed = f"{before:,.0f} tokens/s" if before else as_it_is[0]["why"]
         summary.append(f"The config as it is: {problem.as_it_is}: {speed}.")
+        facts |= {"times_as_fast": speeds[top] / before} if before else {}
     if "found" in facts:
         of_all = f"{facts['search_trials']} of {facts['points']} trials"
         summary.append(

@@ -20,6 +20,7 @@ SHIPPED = {
     "all": ["moby_dick.jsonl.xz", "sotu.jsonl.xz"],
     "moby_dick": ["moby_dick.jsonl.xz"],
     "sotu": ["sotu.jsonl.xz"],
+    "song_ci": ["song_ci.jsonl.xz"],  # Chinese: with --model tiny-zh
 }
 HELD_OUT_SHARE = 0.05  # of the documents, where the data set has no validation split of its own
 
@@ -77,13 +78,13 @@ def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str,
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer shipped in data/ ("bpe4096", "gpt2"), or any Hugging Face name or local path."""
+    """Load a tokenizer shipped in data/ ("bpe4096", "zh4096", "gpt2"), or any Hugging Face name or local path."""
     shipped = DATA / name
     try:
         tokenizer = AutoTokenizer.from_pretrained(shipped if (shipped / "tokenizer_config.json").exists() else name)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"tokenizer {name!r} is neither shipped (bpe4096, gpt2) nor a path or a name that the hub served"
+            f"tokenizer {name!r} is neither shipped (bpe4096, zh4096, gpt2) nor a path or a name that the hub served"
         ) from error
     return checked(tokenizer, name)
 
@@ -109,9 +110,9 @@ def cache_folder() -> Path:
 def load_corpus(corpus: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> tuple[TokenBlocks, TokenBlocks]:
     """Return (training blocks, held-out blocks) of `corpus`, split by document.
 
-    `corpus` is "all", "moby_dick" or "sotu" (shipped); a file or folder of .txt, .md (documents part at blank lines),
-    .jsonl, .json, .csv, .tsv, .parquet (column `text`), or a data set saved to disk; "FILE:gb18030" names an encoding
-    other than UTF-8; or a Hugging Face data set "name" or "name:config".
+    `corpus` is "all", "moby_dick", "sotu" or "song_ci" (shipped); a file or folder of .txt, .md (parted at blank
+    lines), .jsonl, .json, .csv, .tsv, .parquet (column `text`), or a data set saved to disk; "FILE:gb18030" names an
+    encoding other than UTF-8; or a Hugging Face data set "name" or "name:config".
     Not collective: the first rank of each machine to get the lock tokenizes, the others read its cache.
     Raises UserError when the corpus cannot be read, or is too small for the blocks and ranks asked for.
     """

@@ -1,5 +1,6 @@
 """Bad input gets one clear sentence: the offending value and what to do. Everything else keeps its traceback."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from string import Formatter
 
 
 class UserError(ValueError):
@@ -42,8 +44,8 @@ HINTS = {
 }
 
 
-# Wait until process $1 is gone, then print $2.
-AFTERWARDS = 'while kill -0 "$1" 2>/dev/null; do sleep 0.05; done; printf "%s\\n" "$2" >&2'
+AFTERWARDS = 'while kill -0 "$1" 2>/dev/null; do sleep 0.05; done; printf "%s\\n" "$2" >&2'  # when $1 is gone
+MESSAGES = Path(__file__).with_name("messages.zh.json")  # {a sentence, with {} for each value: the same in Chinese}
 
 
 @contextmanager
@@ -69,11 +71,32 @@ def say_error(sentence: str) -> None:
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(5)
-    sys.stderr.write(f"error: {sentence}\n")
+    said = f"error: {sentence}{_second_line(sentence)}"
+    sys.stderr.write(f"{said}\n")
     parent = Path(f"/proc/{os.getppid()}/cmdline")  # not there when the parent is outside of a container
     if parent.is_file() and b"deepspeed.launcher.launch" in parent.read_bytes():
         # in the background of a shell that ends at once: the launcher ends what is still below this process
-        subprocess.run(["sh", "-c", f"({AFTERWARDS}) &", "sh", str(os.getppid()), f"error: {sentence}"])
+        subprocess.run(["sh", "-c", f"({AFTERWARDS}) &", "sh", str(os.getppid()), said])
+
+
+def _second_line(sentence: str) -> str:
+    """For a user whose language is Chinese: a line that says it in Chinese; nothing when MESSAGES does not know it."""
+    language = next(filter(None, map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
+    if not language.startswith("zh") or not MESSAGES.is_file():
+        return ""
+    pairs = sorted(json.loads(MESSAGES.read_text("utf-8")).items(), key=lambda pair: -len(pair[0].replace("{}", "")))
+    chinese = "\n".join(_translated(line, pairs) for line in sentence.split("\n"))
+    return f"\n错误：{chinese}" if chinese != sentence else ""
+
+
+def _translated(text: str, pairs: list[tuple[str, str]]) -> str:
+    """`text` by the first of `pairs`, longest first, that fits, and so the values in it; unknown ones as they are."""
+    for english, chinese in pairs:
+        parts = list(Formatter().parse(english))
+        pattern = "".join(re.escape(words) + ("" if field is None else "(.*?)") for words, field, *_ in parts)
+        if all(words in text for words, *_ in parts) and (found := re.fullmatch(pattern, text)):
+            return chinese.format(*(_translated(value, pairs) for value in found.groups()))
+    return text
 
 
 def _open_todo(error: BaseException | None) -> str | None:
@@ -83,7 +106,7 @@ def _open_todo(error: BaseException | None) -> str | None:
     raised = traceback.extract_tb(error.__traceback__)[-1] if error else None
     if not raised or raised.line != "raise NotImplementedError":
         return None
-    above = Path(raised.filename).read_text().splitlines()[: raised.lineno]
+    above = Path(raised.filename).read_text("utf-8").splitlines()[: raised.lineno]
     todo = re.findall(r"TODO \d+", "\n".join(above)) or ["a TODO"]
     return f"not yet: {todo[-1]}, {raised.name}() in line {raised.lineno}, is still open. Fill it in, run this again."
 

@@ -21,6 +21,7 @@ class Preset:
 # The gpt2* rows are those of Radford et al. 2019, table 2 (parameter counts include the tied embedding).
 PRESETS = {
     "tiny": Preset(2, 4, 128, block_size=128, tokenizer="bpe4096"),  # 0.94M: seconds on a CPU
+    "tiny-zh": Preset(2, 4, 128, block_size=128, tokenizer="zh4096"),  # the same, for --corpus song_ci
     "mini": Preset(4, 8, 256, block_size=256, tokenizer="bpe4096"),  # 4.3M: minutes on a CPU
     "gpt2": Preset(12, 12, 768),  # 124M
     "gpt2-medium": Preset(24, 16, 1024),  # 355M

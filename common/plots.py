@@ -10,6 +10,9 @@ plt.switch_backend("Agg")  # draw into files; no display needed
 # (Of a collection matplotlib reads the first face: JP in Debian's fonts-noto-cjk, which has the Chinese signs too.)
 CJK = ["Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Microsoft YaHei", "SimHei"]
 CJK += ["PingFang SC", "Hiragino Sans GB", "Heiti TC", "Arial Unicode MS"]
+if not any(font.name in CJK for font in font_manager.fontManager.ttflist):  # matplotlib's list may be older than a font
+    for path in set(font_manager.findSystemFonts()) - {font.fname for font in font_manager.fontManager.ttflist}:
+        font_manager.fontManager.addfont(path)
 there = {font.name for font in font_manager.fontManager.ttflist}
 plt.rcParams["font.family"] = ["DejaVu Sans", *(name for name in CJK if name in there)]
 
@@ -36,7 +39,7 @@ def plot_bars(values: dict[str, float], path: str | Path, title: str, unit: str)
     """Draw one horizontal bar a label, with its value written beside it, into `path`."""
     figure, axes = plt.subplots(figsize=(7, 0.8 + 0.4 * len(values)))
     bars = axes.barh(list(values), list(values.values()))
-    axes.bar_label(bars, fmt=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}", padding=3)
+    axes.bar_label(bars, fmt=lambda value: f"{value:,.0f}" if value >= 100 else f"{round(value, 6):.3g}", padding=3)
     axes.invert_yaxis()  # first label on top
     axes.margins(x=0.18)
     axes.set(xlabel=unit, title=title)

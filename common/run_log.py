@@ -80,19 +80,19 @@ class RunLog:
         memory_gib = over_ranks(peak_memory_gib(self.device), self.device, "max")
         self._line(f"step {step:4d} | loss {mean_loss:.6f} | {tokens_per_s:.0f} tok/s | {memory_gib:.2f} GiB")
         self.record(step=step, loss=mean_loss, tokens_per_s=tokens_per_s, memory_gib=memory_gib, **more)
-        self._stop_at_nan("loss", mean_loss, step)
+        self._stop_at_nan("", mean_loss, step)
         self.tokens, self.since = 0, time.perf_counter()
 
     def held_out(self, step: int, loss: float) -> None:
         """Log a held-out loss (already averaged over ranks) and leave its time out of the next tok/s."""
         self._line(f"step {step:4d} | held-out loss {loss:.6f}")
         self.record(step=step, held_out_loss=loss)
-        self._stop_at_nan("held-out loss", loss, step)  # what fell between two lines shows here, before it is saved
+        self._stop_at_nan("held-out ", loss, step)  # what fell between two lines shows here, before it is saved
         self.since = time.perf_counter()
 
-    def _stop_at_nan(self, what: str, loss: float, step: int) -> None:
+    def _stop_at_nan(self, kind: str, loss: float, step: int) -> None:
         if self.stops_at_nan and not math.isfinite(loss):  # the same value on every rank, so all stop
-            raise UserError(f"{what} {loss} at step {step}, stopped: a lower lr, bf16, a look at the data (day 11)")
+            raise UserError(f"{kind}loss {loss} at step {step}, stopped: a lower lr, bf16, a look at the data (day 11)")
 
     def record(self, **values: float) -> None:
         """Write a row to metrics.jsonl without a line on the terminal."""

@@ -1,31 +1,41 @@
-"""Predict the memory of a training run with DeepSpeed 0.19.8, and say which template of config/ fits.
+"""Predict the memory of a training run with DeepSpeed 0.19.8: does my config fit, or which template of config/ does?
 
+    python config/plan.py --config my.json --model qwen2.5-7b --gpus 4 --gpu_mem 80 --seq_len 4096 --checkpointing
     python config/plan.py --params 7e9 --gpus 8 --gpu_mem 80
     python config/plan.py --model gpt2-xl --gpus 4 --gpu_mem 24 --seq_len 1024 --micro_batch 4 --checkpointing
+    python config/plan.py --model llama-3.1-8b --trainable qlora --gpus 1 --gpu_mem 24 --checkpointing
     python config/plan.py --model ./my_model --gpus 2 --gpu_mem 24 --host_mem 128 --write ds_config.json
 
-Every prediction is arithmetic that the output shows. Sizes: GB = 10^9 bytes as in the papers, GiB = 2^30 bytes as in
-nvidia-smi. Symbols as in the papers: Ψ parameters, N data-parallel ranks; s sequence length, b micro batch, h hidden
-size, L layers, V vocabulary. Sources: ZeRO (arXiv:1910.02054) for the model states, Korthikanti et al. 2022
-(arXiv:2205.05198) for the activations, DeepSpeed's source for what it allocates besides.
-What it leaves out: tensor and pipeline parallelism, mixtures of experts, LoRA (frozen weights need no gradients).
+Every prediction is arithmetic that the output shows, and config/memory.py explains. Sizes: GB = 10^9 bytes as in the
+papers, GiB = 2^30 bytes as in nvidia-smi. Symbols as in the papers: Ψ parameters, N data-parallel ranks; s sequence
+length, b micro batch, h hidden size, L layers, V vocabulary. config/README.md compares with what others measured.
+What it leaves out: mixtures of experts, dropout's masks, what torch.compile saves, LoRA over tensor parallelism.
 """
 
 import argparse
 import json
-import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from common.errors import UserError
+from common.errors import UserError, say_error
+from config.memory import (  # noqa: F401 - some for those who import them from here
+    DTYPE_BYTES,
+    OPTIMIZERS,
+    RUN,
+    activation_run_bytes,
+    layer_token_bytes,
+    model_state_bytes,
+    owned_gradient_elements,
+    predict_run,
+)
+from config.models import GPT2, Model, assumed_model, gpt2_model, named_model, parse_count  # noqa: F401
+from config.presets import PRESETS
 from config.read import read_config
 
 GIB = 2**30
-DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 # Fastest first: the lowest stage, then as little as possible through the host.
 ONE_GPU = ["single_gpu_bf16", "zero2_bf16_offload_cpu", "zero3_bf16_offload_cpu", "zero3_bf16_offload_nvme"]
@@ -33,257 +43,92 @@ MANY_GPUS = [
     "zero1_bf16", "zero2_bf16", "zero3_bf16_throughput", "zero3_bf16", "zero3_bf16_capacity",
     "zero2_bf16_offload_cpu", "zero3_bf16_offload_cpu", "zero3_bf16_offload_nvme",
 ]  # fmt: skip
+LORA = ["zero2_bf16_lora", "zero3_bf16_lora"]
 FP16 = read_config(HERE / "zero2_fp16.json")["fp16"]
-
-# Shapes to assume when only --params is known: GPT-3's (Brown et al. 2020, table 2.1) and OPT's 30B and 66B.
-SHAPES = [
-    (125e6, 12, 768, 12), (350e6, 24, 1024, 16), (760e6, 24, 1536, 16), (1.3e9, 24, 2048, 32), (2.7e9, 32, 2560, 32),
-    (6.7e9, 32, 4096, 32), (13e9, 40, 5120, 40), (30e9, 48, 7168, 56), (66e9, 64, 9216, 72), (175e9, 96, 12288, 96),
-]  # fmt: skip
-# GPT-2: (layers, hidden, heads, positions, vocabulary); tiny and mini are the course's own (common/model.py).
-GPT2 = {
-    "tiny": (2, 128, 4, 128, 4096), "mini": (4, 256, 8, 256, 4096), "gpt2": (12, 768, 12, 1024, 50257),
-    "gpt2-medium": (24, 1024, 16, 1024, 50257), "gpt2-large": (36, 1280, 20, 1024, 50257),
-    "gpt2-xl": (48, 1600, 25, 1024, 50257), "gpt-8b": (40, 4096, 32, 1024, 50257),
-    "gpt-13b": (40, 5120, 40, 1024, 50257),
+# DeepSpeed's optimizers by the name in the JSON, and what they keep (config.memory.OPTIMIZERS)
+OPTIMIZER_NAMES = {
+    "adam": "adamw", "adamw": "adamw", "lamb": "lamb", "lion": "lion", "adagrad": "adagrad", "muon": "muon",
 }  # fmt: skip
 
-# Bytes that one layer keeps for the backward pass, a token and a unit of hidden size, in 16 bit. Korthikanti et al.,
-# equation 1: 34 (fused kernels, dropout) plus 5·heads·s/h for the attention matrix, which SDPA and flash attention
-# never store. The `transformers` layers store more, measured with saved_tensors_hooks (tests/test_config_plan.py):
-# GPT-2's gelu_new keeps five tensors of width 4h instead of one; Llama's norms work in fp32, its MLP has 3 matrices.
-ACTIVATION_BYTES = {"paper": 34, "gpt2": 56, "llama": 46}
+
+# ---- from a model and a JSON to a run -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Model:
-    """What the prediction needs to know: the shape, and the size of each parameter in the model's order."""
+def config_run(config: dict, hidden: int) -> dict:
+    """The part of a run (config.memory.RUN) that a DeepSpeed JSON says: accumulation, optimizer, ZeRO, offload.
 
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-    vocab: int
-    sizes: tuple[int, ...]
-    family: str = "llama"  # key of ACTIVATION_BYTES
-
-    @property
-    def num_params(self) -> int:
-        return sum(self.sizes)
-
-
-# ---- model ----------------------------------------------------------------------------------------------------------
-
-
-def gpt2_model(name: str) -> Model:
-    """GPT-2 with tied embeddings: Ψ = Vh + Th + L(12h² + 13h) + 2h, T the number of positions."""
-    layers, h, heads, positions, vocab = GPT2[name]
-    block = [h, h, 3 * h * h, 3 * h, h * h, h, h, h, 4 * h * h, 4 * h, 4 * h * h, h]
-    return Model(name, layers, h, heads, vocab, (vocab * h, positions * h, *block * layers, h, h), "gpt2")
-
-
-def assumed_model(num_params: int, layers=None, hidden=None, heads=None, vocab=None) -> Model:
-    """A decoder of `num_params` parameters: of the given shape, else of the nearest published one."""
-    _, near_layers, near_hidden, near_heads = min(SHAPES, key=lambda shape: abs(shape[0] / num_params - 1))
-    layers, h, heads, vocab = layers or near_layers, hidden or near_hidden, heads or near_heads, vocab or 32000
-    block = (num_params - vocab * h - h) // layers
-    if block <= 12 * h:
-        raise UserError(
-            f"{num_params:,} parameters leave nothing for {layers} layers once the {vocab:,} × {h:,} embedding is "
-            "counted: give --layers, --hidden and --vocab that belong together"
-        )
-    matrices = block - 2 * h  # a layer: two norms, then attention in and out, MLP up and down in the ratio 3:1:4:4
-    parts = [h, matrices * 3 // 12, matrices // 12, h, matrices * 4 // 12, matrices - matrices * 8 // 12]
-    sizes = [vocab * h, *parts * layers, h]
-    sizes[0] += num_params - sum(sizes)  # rounding
-    return Model("shape of the nearest published model where not given", layers, h, heads, vocab, tuple(sizes))
-
-
-def transformers_model(name: str) -> Model:
-    """Read a config from a folder (offline) or the hub, and build the model without memory to count its parameters."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"unknown model {name!r}: neither one of {', '.join(GPT2)}, nor a folder with a config.json, "
-            f"nor a model that transformers can fetch ({reason})"
-        ) from None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    sizes = tuple(parameter.numel() for parameter in model.parameters())
-    text = config.get_text_config()
-    shape = text.num_hidden_layers, text.hidden_size, text.num_attention_heads, text.vocab_size
-    return Model(name, *shape, sizes, "gpt2" if config.model_type == "gpt2" else "llama")
-
-
-def parse_count(text: str) -> int:
-    """7e9, 7B, 7b, 350M, 1.3e9, 124_000_000 -> a number of parameters."""
-    match = re.fullmatch(r"([\d.]+(?:e\+?\d+)?)([kmbt]?)", text.strip().lower().replace("_", "").replace(",", ""))
-    try:
-        count = int(float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[match[2]])
-    except (TypeError, ValueError, OverflowError):  # no such form; two points; 1e400
-        count = 0
-    if count < 1:
-        raise UserError(f"cannot read {text!r} as a number of parameters: write 7e9, 7B or 350M")
-    return count
-
-
-# ---- the arithmetic -------------------------------------------------------------------------------------------------
-
-
-def owned_gradient_elements(sizes: tuple[int, ...], num_ranks: int) -> int:
-    """Elements of the gradients that the worst-off rank keeps whole at ZeRO-1 and 2, at least Ψ/N.
-
-    The flat buffer is cut into N equal parts without regard to parameters; a rank keeps every gradient that touches its
-    part in full, up to twice the largest parameter more than Ψ/N. (DeepSpeedZeroOptimizer.get_all_grad_tensors.)
+    What is "auto" is what Hugging Face makes of it: h² and 10h for stage 3's sizes, otherwise the default.
+    Raises UserError for a value that is no number where DeepSpeed wants one.
     """
-    part = -(-sum(sizes) // num_ranks)
-    worst = 0
-    for rank in range(num_ranks):
-        first, kept = 0, 0
-        for size in sizes:
-            if first < (rank + 1) * part and first + size > rank * part:
-                kept += size
-            first += size
-        worst = max(worst, kept)
-    return worst
-
-
-def model_state_bytes(
-    num_params: int,
-    num_ranks: int,
-    stage: int,
-    precision: str = "bf16",
-    *,
-    grad_accum_dtype: str | None = None,
-    offload_optimizer: str | None = None,
-    offload_param: str | None = None,
-    persistent: int = 0,
-    owned_gradients: int | None = None,
-) -> dict[str, float]:
-    """Bytes of parameters, gradients and Adam's states for one rank, between two micro-batches of an accumulation.
-
-    ZeRO paper, section 3.1 and figure 1, mixed precision: 2Ψ parameters, 2Ψ gradients, KΨ with K = 12 for the optimizer
-    (fp32 weights, momentum, variance: 4 each); stage 1 divides K by N, stage 2 the gradients too, stage 3 everything.
-    DeepSpeed 0.19.8 differs in four places, all measured on CPU ranks (tests/test_config_plan.py):
-    in fp32, ZeRO ≥ 1 keeps fp32 weights twice, the model's own (4Ψ) and the optimizer's (4Ψ/N);
-    ZeRO-1 in bf16 with grad_accum_dtype fp32 keeps 4Ψ of fp32 gradients besides the 2Ψ;
-    `owned_gradients` (see owned_gradient_elements) replaces Ψ/N at stage 2, unless grad_accum_dtype is another;
-    at stage 3, `persistent` elements in parameters up to stage3_param_persistence_threshold stay whole as well.
-    Devices for offload: None, "cpu" or "nvme". Returns parameters, gradients, optimizer, total (GPU), host and disk.
-    """
-    p = DTYPE_BYTES[precision]
-    g = DTYPE_BYTES[grad_accum_dtype or precision]
-    share = num_params / num_ranks
-    if stage == 0:
-        return _states(p * num_params, p * num_params, (8 if precision == "fp32" else 12) * num_params)
-
-    parameters = p * num_params
-    optimizer = 12 * share
-    if stage == 1:
-        gradients = p * num_params + (g * num_params if g != p else 0)
-    elif stage == 2:
-        gradients = g * (share if g != p else (owned_gradients or share))
-    else:
-        gradients = g * share
-        parameters = p * (share + persistent)
-
-    host = disk = 0.0
-    if offload_optimizer:
-        # On the host: 12Ψ/N, fp32 gradients 4Ψ/N for its step; at stages 1 and 2 a 16-bit copy of the updated part, at
-        # stage 2 the gradients accumulated so far (stage 1 leaves them on the GPU); stage 3 moves its buffer there.
-        if offload_optimizer == "nvme":
-            disk += 16 * share
-        else:
-            host += 16 * share
-        host += {1: p * share, 2: p * share + g * (owned_gradients or share), 3: gradients}[stage]
-        optimizer = 0.0
-        gradients = gradients if stage == 1 else 0.0
-    if offload_param:
-        if offload_param == "nvme":
-            disk += p * share
-        else:
-            host += p * share
-        parameters = p * persistent
-    return _states(parameters, gradients, optimizer, host, disk)
-
-
-def _states(
-    parameters: float, gradients: float, optimizer: float, host: float = 0.0, disk: float = 0.0
-) -> dict[str, float]:
-    return {
-        "parameters": parameters, "gradients": gradients, "optimizer": optimizer,
-        "total": parameters + gradients + optimizer, "host": host, "disk": disk,
+    zero = _section(config, "zero_optimization")
+    optimizer, parameter = _section(zero, "offload_optimizer"), _section(zero, "offload_param")
+    bf16 = _section(config, "bf16")
+    run = {
+        "stage": _whole(zero, "stage", 0),
+        "accumulation": _whole(config, "gradient_accumulation_steps", 1) or 1,
+        "autocast": int(_section(config, "torch_autocast").get("enabled") is True),
+        "sums": {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}.get(
+            _section(config, "data_types").get("grad_accum_dtype"), ""
+        ),
+        "half_masters": int(bool(bf16.get("bf16_master_weights_and_grads"))),
+        "half_states": int(bool(bf16.get("bf16_optimizer_states"))),
+        "tensor_ranks": _whole(_section(config, "tensor_parallel"), "autotp_size", 1) or 1,
+        "sequence_ranks": _whole(config, "sequence_parallel_size", 1) or 1,
+        "offload_optimizer": _device(optimizer), "offload_param": _device(parameter),
+        "pin_memory": int(optimizer.get("pin_memory", True) is not False),
+        "overlap_comm": int(zero.get("overlap_comm") is True),
+        "contiguous_gradients": int(zero.get("contiguous_gradients") is not False),
+        "gather_on_save": int(zero.get("stage3_gather_16bit_weights_on_model_save") is True),
+        "reduce_bucket_size": _whole(zero, "reduce_bucket_size", RUN["reduce_bucket_size"], hidden * hidden),
+        "persistence_threshold": _whole(
+            zero, "stage3_param_persistence_threshold", RUN["persistence_threshold"], 10 * hidden
+        ),
+        "max_live_parameters": _whole(zero, "stage3_max_live_parameters", RUN["max_live_parameters"]),
+        "sub_group_size": _whole(zero, "sub_group_size", RUN["sub_group_size"]),
+        "hpz": _whole(zero, "zero_hpz_partition_size", 1) or 1,
+        "param_buffer_count": _whole(parameter, "buffer_count", RUN["param_buffer_count"]),
+        "param_buffer_size": _whole(parameter, "buffer_size", RUN["param_buffer_size"]),
+        "optimizer_buffer_count": _whole(optimizer, "buffer_count", RUN["optimizer_buffer_count"]),
     }  # fmt: skip
+    return run | _optimizer(_section(config, "optimizer"))
 
 
-def activation_bytes(
-    model: Model, seq_len: int, micro_batch: int, precision: str = "bf16", checkpointing: bool = False, factor=None
-) -> dict[str, float]:
-    """Bytes of activations for one micro-batch: layers (kept by all layers), recompute (one layer), logits.
-
-    Korthikanti et al. 2022, equation 1 without the attention matrix: L·s·b·h·factor bytes, `factor` 34 for fused 16-bit
-    kernels (ACTIVATION_BYTES has what `transformers` keeps). With checkpointing each layer keeps its input alone,
-    2·s·b·h in 16 bit, and one layer at a time is recomputed. Logits: their log-softmax, its gradient and their own
-    gradient, each fp32: 12·s·b·V.
-    """
-    width = DTYPE_BYTES[precision]
-    tokens = seq_len * micro_batch
-    layer = tokens * model.hidden * (factor or ACTIVATION_BYTES[model.family]) * width // 2
-    kept = tokens * model.hidden * width if checkpointing else layer
-    return {
-        "layers": model.layers * kept,
-        "recompute": layer if checkpointing else 0,
-        "logits": 12 * tokens * model.vocab,
-    }
+def _section(config: dict, key: str) -> dict:
+    section = config.get(key)
+    return section if isinstance(section, dict) else {}
 
 
-def communication_bytes(model: Model, config: dict, num_ranks: int, precision: str) -> dict[str, float]:
-    """Bytes of the buffers beside the states: buckets, gathered (parameters at stage 3), autocast (16-bit weights).
-
-    Stages 1 and 2 allocate reduce_bucket_size elements in full however small the model is, from the first gradient of a
-    backward pass on, twice with overlap_comm; stage 3 once, for the whole run (without contiguous_gradients only while
-    gradients wait). allgather_bucket_size costs nothing: the parts arrive in the model's own flat buffer.
-    Stage 3 holds gathered parameters up to stage3_max_live_parameters.
-    Stage 0 flattens up to 5e8 gradients for its all-reduce; torch_autocast keeps 16-bit copies of the fp32 weights.
-    (stage_1_and_2.py setup_buckets, stage3.py, partitioned_param_coordinator.py, engine.buffered_allreduce_fallback.)
-    """
-    zero = config.get("zero_optimization", {})
-    width = DTYPE_BYTES[precision]
-    stage = zero.get("stage", 0)
-    gathered = 0
-    if stage == 0:
-        buckets = 4 * min(500_000_000, model.num_params) if num_ranks > 1 else 0
-    else:
-        double = stage < 3 and zero.get("overlap_comm", False)
-        buckets = zero.get("reduce_bucket_size", 500_000_000) * width * (2 if double else 1)
-        if stage < 3 and zero.get("offload_optimizer"):
-            buckets += width * max(model.sizes)  # a gradient on its way to the host
-    if stage == 3 and (num_ranks > 1 or zero.get("offload_param")):
-        gathered = width * min(model.num_params, zero.get("stage3_max_live_parameters", 1_000_000_000))
-    autocast = 2 * model.num_params if config.get("torch_autocast", {}).get("enabled") else 0
-    return {"buckets": buckets, "gathered": gathered, "autocast": autocast}
+def _device(section: dict) -> str:
+    return section.get("device") if section.get("device") in ("cpu", "nvme") else ""
 
 
-def nvme_staging_bytes(zero: dict, share: float, precision: str) -> float:
-    """Host memory through which NVMe offload reads and writes, a rank: DeepSpeed allocates all of it at the start.
+def _whole(section: dict, key: str, default: int, auto: int | None = None) -> int:
+    """A whole number of the JSON, also one written as 5e8."""
+    value = section.get(key, default)
+    if value is None or value == "auto":
+        return default if auto is None or value is None else auto
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e18:
+        raise UserError(f"{key} {value!r} is no number that the plan can use: `python config/check.py` says more")
+    return int(value)
 
-    Parameters: buffer_count × buffer_size in the training precision; optimizer: buffer_count fp32 tensors of one
-    sub-group. (partitioned_param_swapper.py, optimizer_utils.py; read, not measured.)
-    """
-    staging = 0.0
-    tile = min(share, zero.get("sub_group_size", 1_000_000_000))
-    parameters, optimizer = zero.get("offload_param", {}), zero.get("offload_optimizer", {})
-    if parameters.get("device") == "nvme":
-        size = parameters.get("buffer_size", 100_000_000)
-        staging += DTYPE_BYTES[precision] * parameters.get("buffer_count", 5) * size
-    if optimizer.get("device") == "nvme":
-        staging += 4 * optimizer.get("buffer_count", 4) * tile
-    return staging
+
+def _optimizer(section: dict) -> dict:
+    """Which optimizer the JSON names; {} when it comes from code, or the plan does not know it."""
+    name = str(section.get("type", "")).lower()
+    if name == "sgd":
+        return {"optimizer": "sgd_momentum" if _section(section, "params").get("momentum") else "sgd"}
+    return {"optimizer": OPTIMIZER_NAMES[name]} if name in OPTIMIZER_NAMES else {}
+
+
+def config_precision(config: dict) -> str:
+    """bf16, fp16 or fp32, as the JSON says; "auto" is bf16, which is what to ask Hugging Face for."""
+    for key, names in {"bf16": ("bf16", "bfloat16"), "fp16": ("fp16",)}.items():
+        if any(_section(config, name).get("enabled") in (True, "auto") for name in names):
+            return key
+    autocast = _section(config, "torch_autocast")
+    if autocast.get("enabled") is True:
+        return "bf16" if "bf" in str(autocast.get("dtype", "bfloat16")) else "fp16"
+    return "fp32"
 
 
 def predict(
@@ -294,60 +139,32 @@ def predict(
     micro_batch: int,
     precision: str = "bf16",
     checkpointing: bool = False,
+    **more,
 ) -> dict:
-    """What one GPU needs under `config`, in bytes: stage, states, buffers, activations, moments, peak, host, disk.
-
-    The peak is the largest of four moments of a step: the loss (all activations and logits, no bucket yet at stages 1
-    and 2), the first gradients (all activations, buckets), the last gradients (no activations, all gradients) and the
-    optimizer's step (this rank's gradients in fp32 too). Gradients exist at the first two only if an earlier
-    micro-batch left them; stage 3 keeps a buffer for them always.
-    """
-    zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    share = model.num_params / num_ranks
-    autocast = config.get("torch_autocast", {}).get("enabled", False)
-    threshold = zero.get("stage3_param_persistence_threshold", 100_000)
-    owned = owned_gradient_elements(model.sizes, num_ranks)
-    states = model_state_bytes(
-        model.num_params,
-        num_ranks,
-        stage,
-        "fp32" if autocast else precision,  # under torch_autocast the model stays in fp32
-        grad_accum_dtype=config.get("data_types", {}).get("grad_accum_dtype"),
-        persistent=sum(size for size in model.sizes if size <= threshold),
-        owned_gradients=owned,
-        offload_optimizer=zero.get("offload_optimizer", {}).get("device"),
-        offload_param=zero.get("offload_param", {}).get("device"),
-    )
-    buffers = communication_bytes(model, config, num_ranks, precision)
-    kept = activation_bytes(model, seq_len, micro_batch, precision, checkpointing)
-
-    fixed = states["parameters"] + states["optimizer"] + buffers["gathered"] + buffers["autocast"]
-    accumulated = states["gradients"] if config.get("gradient_accumulation_steps", 1) > 1 or stage == 3 else 0
-    always = buffers["buckets"] if stage == 3 and zero.get("contiguous_gradients", True) else 0
-    step = 0.0
-    if stage > 0 and not zero.get("offload_optimizer"):
-        step = 4 * min(share, zero.get("sub_group_size", 1_000_000_000) if stage == 3 else share)
-        step += DTYPE_BYTES[precision] * owned if stage == 1 else states["gradients"]
-    elif stage == 0:
-        step = states["gradients"] + buffers["buckets"]
-    moments = {
-        "loss": fixed + accumulated + always + kept["layers"] + kept["logits"],
-        "first gradients": fixed + accumulated + buffers["buckets"] + kept["layers"] + kept["recompute"],
-        "last gradients": fixed + states["gradients"] + buffers["buckets"] + kept["recompute"],
-        "optimizer step": states["parameters"] + states["optimizer"] + always + step,
-    }
-    return {
-        "stage": stage, "states": states, "buffers": buffers, "activations": kept, "moments": moments,
-        "peak": max(moments.values()), "host": states["host"] + nvme_staging_bytes(zero, share, precision),
-        "disk": states["disk"],
-    }  # fmt: skip
+    """What one GPU needs under `config`, in bytes: see `config.memory.predict_run`. `more`: other keys of a run."""
+    batch = {"seq_len": seq_len, "micro_batch": micro_batch, "checkpointing": int(checkpointing)}
+    said = {**config_run(config, model.hidden), "precision": precision, "gpus": num_ranks}
+    return predict_run({**RUN, **model.shape(), **said, **batch, **more})
 
 
-# ---- templates ------------------------------------------------------------------------------------------------------
+def layer_bytes(model: Model, precision: str = "bf16", seq_len: int = 0, autocast: bool = False) -> dict[str, int]:
+    """`config.memory.layer_token_bytes` of a model: bytes a token that a layer keeps, and needs meanwhile."""
+    run = {"precision": precision, "seq_len": seq_len, "autocast": int(autocast)}
+    return layer_token_bytes({**RUN, **model.shape(), **run})
 
 
-def load_template(name: str, precision: str, micro_batch: int) -> dict:
+def activation_bytes(
+    model: Model, seq_len: int, micro_batch: int, precision: str = "bf16", checkpointing: bool = False, **more
+) -> dict[str, int]:
+    """`config.memory.activation_run_bytes` of a model, for one micro-batch. `more`: other keys of a run."""
+    run = {"precision": precision, "seq_len": seq_len, "micro_batch": micro_batch, "checkpointing": int(checkpointing)}
+    return activation_run_bytes({**RUN, **model.shape(), **run, **more})
+
+
+# ---- a config, or the templates -------------------------------------------------------------------------------------
+
+
+def load_template(name: str, precision: str, micro_batch: int, tensor_ranks: int = 1) -> dict:
     """The template with the precision and micro-batch of this plan."""
     config = read_config(HERE / f"{name}.json")
     config["train_micro_batch_size_per_gpu"] = micro_batch
@@ -356,24 +173,85 @@ def load_template(name: str, precision: str, micro_batch: int) -> dict:
         config.pop("torch_autocast", None)
     if precision == "fp16":
         config["fp16"] = FP16
+    if "tensor_parallel" in config:
+        config["tensor_parallel"]["autotp_size"] = tensor_ranks
     return config
 
 
-def make_plan(model: Model, args: argparse.Namespace) -> list[dict]:
-    """One row a template, fastest first: name, config, prediction, room left on the GPU and the host, fits."""
+def flags_run(args: argparse.Namespace) -> dict:
+    """The part of a run that the command line says."""
+    run = {name: value for name, value in vars(args).items() if name in RUN and value is not None}
+    run["checkpointing"] = int(args.checkpointing)
+    run |= {"base_bits": 4 if args.trainable == "qlora" else 16, "reserve_percent": args.reserve_share}
+    run |= {"pipeline_ranks": args.pipeline_parallel}
+    if args.trainable == "full":
+        run["lora_rank"] = 0
+    if args.reserve is not None:
+        run["reserve_bytes"] = int(args.reserve * GIB)
+    for key, value in (("sequence_ranks", args.sequence_parallel), ("tensor_ranks", args.tensor_parallel)):
+        if value > 1:
+            run[key] = value
+    return run | ({"optimizer": args.optimizer} if args.optimizer else {})
+
+
+def make_row(name: str, config: dict, model: Model, args: argparse.Namespace) -> dict:
+    """A config beside the machine: name, config, run, prediction, room left on the GPU, host of a machine, fits."""
+    run = {**RUN, **model.shape(), **config_run(config, model.hidden), **flags_run(args)}
+    split = run["tensor_ranks"] * run["pipeline_ranks"]
+    if run["gpus"] % split or run["gpus"] // split % run["sequence_ranks"]:
+        raise UserError(
+            f"--gpus {run['gpus']} cannot be shared out: {run['tensor_ranks']} tensor × {run['pipeline_ranks']} "
+            f"pipeline × {run['sequence_ranks']} sequence"
+        )
+    if run["base_bits"] == 4 and run["stage"] == 3:
+        raise UserError(f"{name}: ZeRO-3 cannot cut 4-bit weights; take stage 1 or 2, which keep them whole")
+    need = predict_run(run)
+    spare = int(args.gpu_mem * GIB) - need["on_card"]
+    node = need["host_of_node"]
+    host = node["train"] + node["pinned"] + (node["save"] if need["states"]["host"] else 0)
+    fits = spare >= 0 and (args.host_mem is None or host <= args.host_mem * GIB)
+    return {
+        "name": name, "config": config, "run": run, "need": need, "spare": spare, "host": host, "fits": fits,
+    }  # fmt: skip
+
+
+def template_names(args: argparse.Namespace) -> list[str]:
+    """The templates to compare, fastest first."""
+    if args.tensor_parallel > 1:
+        return ["tensor_parallel_zero1_bf16"]
+    if args.pipeline_parallel > 1:
+        return ["pipeline_zero1_bf16"]
+    if args.trainable != "full":
+        return LORA[: 1 if args.trainable == "qlora" else 2]
     names = ONE_GPU if args.gpus == 1 else ["single_gpu_bf16", *MANY_GPUS]
     if args.precision == "fp16":  # in DeepSpeed 0.19.8 fp16 without ZeRO never scales the loss
         replace = {"single_gpu_bf16": "zero2_fp16", "zero1_bf16": None, "zero2_bf16": None}
         names = [replace.get(name, name) for name in names if replace.get(name, name)]
+    return names
+
+
+def make_plan(model: Model, args: argparse.Namespace) -> list[dict]:
+    """One row a template, fastest first: see `make_row`."""
     rows = []
-    for name in names:
-        config = load_template(name, args.precision, args.micro_batch)
-        need = predict(model, config, args.gpus, args.seq_len, args.micro_batch, args.precision, args.checkpointing)
-        spare = (args.gpu_mem - args.reserve) * GIB - need["peak"]
-        on_one_host = need["host"] * min(args.gpus, args.gpus_per_node)
-        fits = spare >= 0 and (args.host_mem is None or on_one_host <= args.host_mem * GIB)
-        rows.append({"name": name, "config": config, "need": need, "spare": spare, "host": on_one_host, "fits": fits})
+    for name in template_names(args):
+        config = load_template(name, args.precision, args.micro_batch, args.tensor_parallel)
+        rows.append(make_row(name, config, model, args))
     return rows
+
+
+def own_config(path: Path, args: argparse.Namespace) -> dict:
+    """The user's JSON; sets `args.precision` and, unless given, `args.micro_batch` to what it says."""
+    config = read_config(path)
+    args.precision = config_precision(config)
+    if args.micro_batch is None:
+        size = _whole(config, "train_micro_batch_size_per_gpu", 0, 0)
+        if not size:  # DeepSpeed's equation, without the parallel ranks that see the same data
+            steps = _whole(config, "gradient_accumulation_steps", 1, 1) or 1
+            split = _whole(_section(config, "tensor_parallel"), "autotp_size", 1, 1) or 1
+            ranks = args.gpus // (max(split, args.tensor_parallel) * args.pipeline_parallel)
+            size = _whole(config, "train_batch_size", 0, 0) // max(1, steps * ranks)
+        args.micro_batch = size or 1
+    return config
 
 
 def recommend(rows: list[dict], num_ranks: int) -> dict | None:
@@ -391,20 +269,41 @@ def gib(count: float) -> str:
     return f"{count / GIB:.2f}"
 
 
-def arithmetic(model: Model, row: dict, args: argparse.Namespace) -> list[str]:
+def activation_lines(run: dict, kept: dict) -> list[tuple]:
+    """(what, formula, bytes) of the activations."""
+    width, h = DTYPE_BYTES[run["precision"]], run["hidden"]
+    one = layer_token_bytes(run)
+    factor, meanwhile = (f"{one[key] / h:.4g}" for key in ("kept", "meanwhile"))
+    tokens = f"{run['seq_len']} × {run['micro_batch']}" + f" / {run['sequence_ranks']}" * (run["sequence_ranks"] > 1)
+    layers = -(-run["layers"] // run["pipeline_ranks"])
+    again, each = "", factor
+    if run["checkpointing"]:
+        layers = -(-layers // run["every"])
+        again, each = f"{run['every']} × " * (run["every"] > 1), f"{4 if run['autocast'] else width}"
+    tiles = f" / {run['loss_tiles']}, and the head's gradient" if run["loss_tiles"] > 1 else ""
+    flights = " × micro-batches in flight" if run["pipeline_ranks"] > 1 else ""
+    return [
+        ("activations, layers", f"{each}·L·s·b·h = {each} × {layers} × {tokens} × {h}{flights}", kept["layers"]),
+        ("layers again", f"{again}{factor}·s·b·h = {again}{factor} × {tokens} × {h}", kept["recompute"]),
+        ("backward meanwhile", f"{meanwhile}·s·b·h = {meanwhile} × {tokens} × {h}", kept["meanwhile"]),
+        ("last norm", "", kept["outside"]),
+        ("logits", f"12·s·b·V = 12 × {tokens} × {run['vocab']}{tiles}", kept["logits"]),
+    ]
+
+
+def arithmetic(row: dict) -> list[str]:
     """The prediction of one row, line by line."""
-    need = row["need"]
-    psi = model.num_params
-    n = args.gpus
-    zero = row["config"]["zero_optimization"]
-    width = DTYPE_BYTES[args.precision]
-    stage = row["need"]["stage"]
+    need, run = row["need"], row["run"]
+    psi, n, stage = need["num_trained"], need["ranks"], need["stage"]
+    width = DTYPE_BYTES[run["precision"]]
     lines = []
 
     def line(what: str, formula: str, count: float) -> None:
         if count:
             lines.append(f"  {what:<20}{formula:<66}{count / 1e9:>9.2f} GB {gib(count):>8} GiB")
 
+    frozen = f"{need['num_params'] - psi:,} weights, in {run['base_bits']} bits where they are of a layer's matrices"
+    line("frozen", frozen, need["states"]["frozen"])
     for what in ("parameters", "gradients", "optimizer"):
         count = need["states"][what]
         line(what, f"{count / psi:.4g} bytes × Ψ = {count / psi:.4g} × {psi:,}", count)
@@ -412,70 +311,98 @@ def arithmetic(model: Model, row: dict, args: argparse.Namespace) -> list[str]:
     if stage == 0:
         line("all-reduce buffer", "4 × min(5e8, Ψ)", buffers["buckets"])
     else:
-        copies = "2 × " if stage < 3 and zero.get("overlap_comm") else ""
-        formula = f"{copies}reduce_bucket_size {zero['reduce_bucket_size']:,} × {width}"
-        if stage < 3 and zero.get("offload_optimizer"):
-            formula += f" + largest gradient {max(model.sizes):,} × {width}"
+        copies = "2 × " if stage < 3 and run["overlap_comm"] else ""
+        formula = f"{copies}reduce_bucket_size {run['reduce_bucket_size']:,} × {width}"
+        formula += f" + largest gradient × {width}" if stage < 3 and run["offload_optimizer"] else ""
         line("reduce buckets", formula, buffers["buckets"])
-    live = zero.get("stage3_max_live_parameters", 1_000_000_000)
-    line("gathered parameters", f"at most min(Ψ, stage3_max_live_parameters {live:,}) × {width}", buffers["gathered"])
-    line("autocast copies", f"2 × Ψ = 2 × {psi:,}", buffers["autocast"])
-    sbh = f"{args.seq_len} × {args.micro_batch} × {model.hidden}"
-    factor = ACTIVATION_BYTES[model.family] * width // 2
-    each = width if args.checkpointing else factor
-    line("activations, layers", f"{each}·L·s·b·h = {each} × {model.layers} × {sbh}", kept["layers"])
-    line("one layer again", f"{factor}·s·b·h = {factor} × {sbh}", kept["recompute"])
-    line("logits", f"12·s·b·V = 12 × {args.seq_len} × {args.micro_batch} × {model.vocab}", kept["logits"])
+    live = f"at most min(Ψ, stage3_max_live_parameters {run['max_live_parameters']:,}) × {width}"
+    line("gathered parameters", live + f" + Ψ / {run['hpz']} × {width}" * (run["hpz"] > 1), buffers["gathered"])
+    line("autocast copies", "2 × Ψ", buffers["autocast"])
+    line("unpacked 4 bits", f"the largest matrix × {width}", buffers["dequantized"])
+    for what, formula, count in activation_lines(run, kept):
+        line(what, formula, count)
     for moment, count in need["moments"].items():
         line(f"= {moment}", "<- the peak" if count == need["peak"] else "", count)
-    states = need["states"]["host"]
-    staging = need["host"] - need["states"]["host"]
-    line(
-        "host, this rank",
-        f"{states / psi * n:.4g}Ψ/N, N = {n}" + ", and buffers for NVMe" * bool(staging),
-        need["host"],
-    )
-    line("NVMe, this rank", f"{need['disk'] / psi * n:.4g}Ψ/N, N = {n}", need["disk"])
+    reserve = f"{run['reserve_percent']} % of the peak for the allocator's pieces, CUDA, NCCL"
+    line("+ reserve", "--reserve" if run["reserve_bytes"] >= 0 else reserve, need["on_card"] - need["peak"])
+    node = need["host_of_node"]
+    line("host, training", f"a machine: {node['train'] / psi:.4g} bytes × Ψ, N = {n}", node["train"])
+    line("host, rounding", "page-locked blocks are powers of two", node["pinned"])
+    line("host, loading", "at most, if no weight goes to its GPU at once", node["load"])
+    if need["states"]["host"] or row["config"].get("checkpoint"):
+        line("host, at a save", "a copy of the 16-bit weights", node["save"])
+    line("page cache, a save", "the checkpoint on its way to the disk; a container's limit counts it", node["files"])
+    line("NVMe, this rank", f"{need['disk'] / psi * n:.4g}Ψ/N", need["disk"])
     return lines
 
 
 def table(rows: list[dict], chosen: dict | None) -> list[str]:
     """One line a template."""
-    heads = "".join(f"{head:>9}" for head in ("states", "buffers", "activ.", "peak", "spare", "host"))
+    heads = "".join(f"{head:>9}" for head in ("states", "buffers", "activ.", "peak", "on card", "spare", "host"))
     lines = [f"  {'template':<26}ZeRO{heads}  verdict"]
     for row in rows:
         need = row["need"]
-        plain = need["stage"] == 0 and rows[1]["name"] in MANY_GPUS[:2]  # on several GPUs: a yardstick, not a choice
+        plain = need["stage"] == 0 and len(rows) > 1 and rows[1]["name"] in MANY_GPUS[:2]  # a yardstick, not a choice
         verdict = "fits" if row["fits"] else "does not fit" if row["spare"] < 0 else "host memory too small"
-        sums = [need["states"]["total"], sum(need["buffers"].values()), sum(need["activations"].values()), need["peak"]]
-        numbers = "".join(f"{gib(count):>9}" for count in [*sums, row["spare"], row["host"]])
+        sums = [need["states"]["total"], sum(need["buffers"].values()), sum(need["activations"].values())]
+        sums += [need["peak"], need["on_card"], row["spare"], row["host"]]
+        numbers = "".join(f"{gib(count):>9}" for count in sums)
         label = "(plain data parallel)" if plain else row["name"]
         lines.append(f"  {label:<26}{need['stage']:>4}{numbers}  {verdict}{' <- this one' * (row is chosen)}")
     return lines
 
 
-def report(model: Model, rows: list[dict], args: argparse.Namespace) -> str:
-    chosen = recommend(rows, args.gpus)
-    checkpointing = "with" if args.checkpointing else "without"
-    lines = [
+def head_lines(model: Model, row: dict, args: argparse.Namespace) -> list[str]:
+    """What is planned for: model, machine, batch."""
+    run, need = row["run"], row["need"]
+    reserve = f"{run['reserve_percent']} % of the peak and CUDA's context" if args.reserve is None else ""
+    ways = {"tensor": run["tensor_ranks"], "pipeline": run["pipeline_ranks"], "sequence": run["sequence_ranks"]}
+    spread = "".join(f", {count} {way}-parallel" for way, count in ways.items() if count > 1)
+    tiles = f", loss in {run['loss_tiles']} parts" * (run["loss_tiles"] > 1)
+    lora = "" if not run["lora_rank"] else f", LoRA of rank {run['lora_rank']} beside {run['lora_targets']}"
+    return [
         f"Model    {model.name}: Ψ = {model.num_params:,} parameters, L = {model.layers} layers, h = {model.hidden}, "
-        f"{model.heads} heads, V = {model.vocab:,}",
-        f"Machine  N = {args.gpus} GPU{'s' * (args.gpus > 1)} of {args.gpu_mem:g} GiB, {args.reserve:g} GiB of it kept"
-        " for the CUDA context, NCCL and fragmentation (an assumption: --reserve)",
-        f"Batch    {args.micro_batch} × {args.seq_len} tokens a GPU and micro-batch, {args.precision}, AdamW,"
-        f" {checkpointing} activation checkpointing",
-        "",
-        "GiB a GPU; host: GiB a machine. The peak is the worst moment of a step, not the sum: see line by line below.",
-        *table(rows, chosen),
+        f"{model.heads} heads, V = {model.vocab:,}" + f"; {need['num_trained']:,} trained" * bool(lora),
+        f"Machine  {run['gpus']} GPU{'s' * (run['gpus'] > 1)} of {args.gpu_mem:g} GiB, N = {need['ranks']}{spread}; "
+        + (f"kept free: {reserve} (--reserve_share)" if reserve else f"kept free: {args.reserve:g} GiB"),
+        f"Batch    {run['micro_batch']} × {run['seq_len']} tokens a GPU and micro-batch, {run['precision']}, "
+        f"{run['optimizer']}{lora}, {'with' if run['checkpointing'] else 'without'} activation checkpointing{tiles}",
         "",
     ]
+
+
+def report_own(model: Model, row: dict, args: argparse.Namespace) -> str:
+    """Does the user's config fit?"""
+    lines = head_lines(model, row, args)
+    lines += [f"{row['name']}, line by line:", *arithmetic(row), ""]
+    need, name = row["need"], row["name"]
+    moment = max(need["moments"], key=need["moments"].get)
+    worst = f"{gib(need['on_card'])} GiB on a card of {args.gpu_mem:g} GiB; the worst moment is: {moment}"
+    if row["fits"]:
+        lines.append(f"{name} fits: {worst}.")
+    elif row["spare"] < 0:
+        lines.append(f"{name} does not fit: {worst}. Without --config the plan compares templates.")
+    else:
+        lines.append(f"{name} does not fit: the host needs {gib(row['host'])} GiB, has {args.host_mem:g} GiB.")
+    if not row["run"]["checkpointing"]:
+        lines.append("With activation checkpointing: --checkpointing. The JSON alone does not switch it on.")
+    return "\n".join(lines) + "\n"
+
+
+def report(model: Model, rows: list[dict], args: argparse.Namespace) -> str:
+    chosen = recommend(rows, args.gpus)
     worked = chosen or rows[-1]
-    lines += [f"{worked['name']}, line by line:", *arithmetic(model, worked, args), ""]
+    lines = head_lines(model, worked, args)
+    lines += [
+        "GiB a GPU; host: GiB a machine. The peak is the worst moment of a step, not the sum: see line by line below.",
+        *table(rows, chosen), "", f"{worked['name']}, line by line:", *arithmetic(worked), "",
+    ]  # fmt: skip
     if chosen is None:
         lines.append(
             "Nothing fits. More GPUs (--gpus), a smaller --micro_batch or --seq_len, "
             + ("" if args.checkpointing else "--checkpointing, ")
-            + "more --host_mem, or tensor parallelism (tensor_parallel_zero1_bf16.json)."
+            + ("" if args.trainable != "full" else "--trainable lora, ")
+            + "more --host_mem, or --tensor_parallel."
         )
         return "\n".join(lines) + "\n"
     changed = f"train_micro_batch_size_per_gpu {args.micro_batch}" + f", {args.precision}" * (args.precision != "bf16")
@@ -505,44 +432,81 @@ def positive(kind):
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     whole, number = positive(int), positive(float)
-    parser.add_argument("--params", help="number of parameters: 7e9, 7B, 350M")
-    parser.add_argument("--model", help=f"one of {', '.join(GPT2)}; a folder with a config.json; a transformers name")
-    parser.add_argument("--gpus", type=whole, required=True, help="number of GPUs, all data-parallel")
-    parser.add_argument("--gpu_mem", type=number, required=True, help="memory of one GPU in GiB")
-    parser.add_argument("--host_mem", type=number, help="memory of one machine in GiB (default: not checked)")
-    parser.add_argument("--gpus_per_node", type=whole, default=8, help="GPUs that share one machine's memory")
-    parser.add_argument("--reserve", type=float, default=2.0, help="GiB a GPU to keep free")
-    parser.add_argument("--seq_len", type=whole, default=2048, help="tokens a sequence")
-    parser.add_argument("--micro_batch", type=whole, default=1, help="sequences a GPU and micro-batch")
-    parser.add_argument("--layers", type=whole, help="with --params: number of layers")
-    parser.add_argument("--hidden", type=whole, help="with --params: hidden size")
-    parser.add_argument("--heads", type=whole, help="with --params: attention heads")
-    parser.add_argument("--vocab", type=whole, help="with --params: vocabulary size (default 32000)")
-    parser.add_argument("--optimizer", choices=["adamw"], default="adamw", help="12 bytes a parameter of fp32 states")
-    parser.add_argument("--precision", choices=list(DTYPE_BYTES), default="bf16", help="training precision")
-    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing of every layer")
+    presets = f"a preset ({', '.join([*GPT2, *PRESETS])}), a folder with a config.json, that file, org/name on the Hub"
+    what = parser.add_argument_group("what is trained")
+    what.add_argument("--params", help="number of parameters: 7e9, 7B, 350M")
+    what.add_argument("--model", help=presets)
+    what.add_argument("--layers", type=whole, help="with --params: layers")
+    what.add_argument("--hidden", type=whole, help="with --params: width")
+    what.add_argument("--heads", type=whole, help="with --params: attention heads")
+    what.add_argument("--vocab", type=whole, help="with --params: vocabulary")
+    what.add_argument("--config", type=Path, help="does this DeepSpeed JSON fit? Without it: which template does?")
+    what.add_argument("--trainable", choices=["full", "lora", "qlora"], default="full", help="qlora: base in 4 bits")
+    what.add_argument("--lora_rank", type=whole, default=16, help="with lora and qlora")
+    what.add_argument("--lora_targets", default="all-linear", help='matrices with an adapter: "q_proj v_proj"')
+    what.add_argument("--optimizer", choices=list(OPTIMIZERS), help="default: the JSON's, or adamw")
+    what.add_argument("--precision", choices=list(DTYPE_BYTES), default="bf16", help="without --config")
+    machine = parser.add_argument_group("where")
+    machine.add_argument("--gpus", type=whole, required=True, help="number of GPUs")
+    machine.add_argument("--gpu_mem", type=number, required=True, help="memory of one GPU in GiB")
+    machine.add_argument("--host_mem", type=number, help="memory of one machine in GiB (default: not checked)")
+    machine.add_argument("--gpus_per_node", type=whole, default=8, help="GPUs that share one machine's memory")
+    machine.add_argument("--reserve_share", type=int, default=10, help="per cent of the peak for fragments: 10 to 20")
+    machine.add_argument("--reserve", type=float, help="GiB a GPU to keep free, instead of that and CUDA's context")
+    machine.add_argument("--sequence_parallel", type=whole, default=1, help="GPUs that share each sequence (Ulysses)")
+    machine.add_argument("--tensor_parallel", type=whole, default=1, help="GPUs that share each matrix (AutoTP)")
+    machine.add_argument("--pipeline_parallel", type=whole, default=1, help="stages that share the layers")
+    batch = parser.add_argument_group("the batch")
+    batch.add_argument("--seq_len", type=whole, default=2048, help="tokens a sequence")
+    batch.add_argument("--micro_batch", type=whole, help="sequences a GPU and micro-batch (default: the JSON's, or 1)")
+    batch.add_argument("--eval_batch", type=int, default=0, help="sequences of an evaluation batch")
+    batch.add_argument("--checkpointing", action="store_true", help="activation checkpointing of every layer")
+    batch.add_argument("--every", type=whole, default=1, help="with --checkpointing: layers in one checkpoint")
+    batch.add_argument("--loss_tiles", type=whole, default=1, help="parts in which logits and loss are computed")
+    batch.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa", help="eager keeps a matrix")
     parser.add_argument("--write", type=Path, help="write the recommended config to this file")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.config is None and args.micro_batch is None:
+        args.micro_batch = 1
+    return args
 
 
 def load_model(args: argparse.Namespace) -> Model:
+    """The model of the flags, which are checked first: what contradicts itself is a UserError."""
     if (args.params is None) == (args.model is None):
         raise UserError("say how large the model is with either --params 7e9 or --model gpt2-xl")
-    if not 0 <= args.reserve < args.gpu_mem:
+    if args.every > 1 and not args.checkpointing:
+        raise UserError(f"--every {args.every} says how many layers a checkpoint has: add --checkpointing")
+    split = args.sequence_parallel * args.tensor_parallel * args.pipeline_parallel
+    for name in ("sequence_parallel", "tensor_parallel", "pipeline_parallel"):
+        if args.gpus % getattr(args, name):
+            raise UserError(f"--{name} {getattr(args, name)} does not divide --gpus {args.gpus}")
+    if args.gpus % split:
+        raise UserError(f"sequence, tensor and pipeline parallel together, {split}, do not divide --gpus {args.gpus}")
+    if args.trainable != "full" and args.tensor_parallel > 1:
+        raise UserError("--trainable with --tensor_parallel: peft's adapters and AutoTP do not go together")
+    if args.reserve is not None and not 0 <= args.reserve < args.gpu_mem:
         raise UserError(f"--reserve {args.reserve:g}: from 0 to less than --gpu_mem {args.gpu_mem:g}")
+    if not 0 <= args.reserve_share <= 100 or args.eval_batch < 0:
+        raise UserError(f"--reserve_share {args.reserve_share} --eval_batch {args.eval_batch}: 0 to 100, and 0 or more")
+    if args.config and args.write:
+        raise UserError("--write writes a template with this plan's batch: leave out --config")
     if args.model and (shape := [n for n in ("layers", "hidden", "heads", "vocab") if getattr(args, n)]):
         raise UserError(f"--model {args.model} has a shape of its own: leave out --{' --'.join(shape)} or use --params")
-    if args.model in GPT2:
-        return gpt2_model(args.model)
     if args.model:
-        return transformers_model(args.model)
+        return named_model(args.model)
     return assumed_model(parse_count(args.params), args.layers, args.hidden, args.heads, args.vocab)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """0: it fits; 2: it does not; 1: a flag or file is wrong."""
     args = parse_args(argv)
     try:
         model = load_model(args)
+        if args.config:
+            row = make_row(args.config.name, own_config(args.config, args), model, args)
+            sys.stdout.write(report_own(model, row, args))
+            return 0 if row["fits"] else 2
         rows = make_plan(model, args)
         chosen = recommend(rows, args.gpus)
         if args.write and chosen is None:
@@ -552,7 +516,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.write and (args.write.is_dir() or not args.write.parent.is_dir()):
             raise UserError(f"--write {args.write}: give a file in a folder that exists")
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        say_error(str(error))
         return 1
     sys.stdout.write(report(model, rows, args))
     if args.write:

@@ -107,6 +107,8 @@ def open_documents(corpus: str, known: str) -> dict:
 
     datasets.disable_progress_bars()
     path, encoding = _local(corpus)
+    if not path and kind_of(Path(corpus.partition(":")[0])) in (*PLAIN, *ROWS):  # no name of the hub's ends so
+        raise UserError(f"corpus {corpus!r}: there is no such file")
     try:
         loaded, left_out = _read_files(path, encoding) if path else (_from_hub(corpus), [])
     except Exception as error:  # the libraries have no common base class for "not found", "offline", "not a data set"

@@ -26,18 +26,23 @@ from common.ranks import print0
 def all_reduce_bytes(num_bytes: int, num_ranks: int) -> float:
     """Bytes that one rank sends when `num_ranks` ranks all-reduce a tensor of `num_bytes` bytes in a ring."""
     # TODO 1: an all-reduce is a reduce-scatter and an all-gather; each sends (N-1)/N of the tensor.
+    # 环形 all-reduce 一个 num_bytes 字节的张量时，一个 rank 发送多少字节？all-reduce 由 reduce-scatter 和 all-gather
+    # 组成，两半各发送张量的 (N-1)/N。
     raise NotImplementedError
 
 
 def blocks_of_rank(num_blocks: int, rank: int, num_ranks: int) -> list[int]:
     """Which of the blocks 0 … num_blocks-1 `rank` trains on, unshuffled, as DistributedSampler deals them out."""
     # TODO 2: rank 0 takes 0, N, 2N, …; rank 1 takes 1, N+1, …
+    # 按 DistributedSampler 的分法（不打乱），rank 用哪些序列块训练：rank 0 取 0、N、2N……，rank 1 取 1、N+1……
     raise NotImplementedError
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     """Sum `tensor` (its length a multiple of the ranks) over all ranks without calling dist.all_reduce."""
     # TODO 3: dist.reduce_scatter gives each rank its part of the sum, dist.all_gather collects the parts.
+    # 不调用 dist.all_reduce，在所有 rank 上对 tensor 求和（长度是 rank 数的倍数）：dist.reduce_scatter 让每个 rank 得
+    # 到和的一部分，dist.all_gather 再收集各部分。
     raise NotImplementedError
 
 

@@ -37,6 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--run_dir", default=default_run_dir("day01"), help="folder for metrics.jsonl and plots")
     parser.add_argument("--model", default="tiny", help="preset of common/model.py")
     parser.add_argument("--corpus", default="all", help="shipped corpus, text file, or Hugging Face data set")
+    parser.add_argument("--prompt", default="The whale", help="how the text sample begins")
     return parser.parse_args()
 
 
@@ -70,7 +71,7 @@ def main() -> None:
 
     plot = Path(args.run_dir) / "loss.png"
     plot_loss({"day 01": read_rows(args.run_dir)}, plot, f"{args.model} on {args.corpus}, plain PyTorch")
-    prompt = tokenizer("The whale", return_tensors="pt").to(device)
+    prompt = tokenizer(args.prompt, return_tensors="pt").to(device)
     sample = model.generate(**prompt, max_new_tokens=60, do_sample=True, top_k=50)
     print0(f"loss curve: {show_path(plot)}")
     print0(f"sample: {tokenizer.decode(sample[0])!r}")

@@ -30,6 +30,8 @@ MICRO_BATCH, ACCUMULATION, STEPS = 4, 3, 2
 def make_config(num_ranks: int) -> dict:
     """A DeepSpeed config: SGD with lr 0.1, no clipping, micro-batches of 4, 3 of them an optimizer step."""
     # TODO 1: batch keys, "gradient_clipping": 0.0 (DeepSpeed clips at 1.0 when you say nothing), "optimizer".
+    # 写一份 DeepSpeed 配置：SGD，lr 0.1，不裁剪，micro-batch 为 4，3 个组成一个优化器步。要写批次的键、
+    # "gradient_clipping": 0.0（不写时 DeepSpeed 按 1.0 裁剪）和 "optimizer"。
     raise NotImplementedError
 
 
@@ -42,6 +44,8 @@ def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[tuple[torc
         optimizer.step(); optimizer.zero_grad()
     """
     # TODO 2: forward, engine.backward and engine.step. How often is each called? Who divides the loss?
+    # 对 micro_batches（(输入, 目标) 的列表）做一个优化器步，损失是 mse_loss(engine(x), y)。前向、engine.backward、
+    # engine.step 各调用几次？损失由谁来除？
     raise NotImplementedError
 
 

@@ -24,6 +24,9 @@ from common.ranks import print0
 # TODO: the config for this run. Global batch 64 on 2 ranks with micro-batches of 4. AdamW (torch_adam: true, so that
 # nothing is compiled) with weight decay 0.01. The learning rate rises linearly from 0 to 0.001 over the first 10
 # steps and falls linearly to 0 at step 100 (WarmupDecayLR). Gradients are clipped at norm 0.5. ZeRO stage 1.
+# 写出这次训练的配置。2 个 rank 上全局批次 64，micro-batch 为 4。AdamW（torch_adam: true，这样什么也不用编译），权重衰
+# 减 0.01。学习率在前 10 步从 0 线性升到 0.001，再线性下降，到第 100 步为 0（WarmupDecayLR）。梯度范数裁剪到 0.5。
+# ZeRO-1。
 CONFIG = {}
 
 
@@ -53,7 +56,7 @@ def check(config: dict) -> None:
     expect("the global batch on 2 ranks", engine.train_batch_size() * 2 // engine.dp_world_size, 64, "accumulation")
     expect("the optimizer", type(engine.basic_optimizer).__name__, "AdamW", "optimizer.type")
     expect("the weight decay", engine.basic_optimizer.param_groups[0]["weight_decay"], 0.01, "optimizer.params")
-    expect("clipping", engine.gradient_clipping(), 0.5, "gradient_clipping")
+    expect("gradient clipping", engine.gradient_clipping(), 0.5, "gradient_clipping")
     expect("the ZeRO stage", engine.zero_optimization_stage(), 1, "zero_optimization.stage")
 
     expect("the schedule", type(engine.lr_scheduler).__name__, "WarmupDecayLR", "scheduler.type")

@@ -25,12 +25,13 @@ from common.ranks import print0
 ADAMW = {"type": "AdamW", "params": {"lr": 0.001, "torch_adam": True}}
 
 # TODO: each entry has one mistake. The comment says what was meant.
+# 每一份有一处错误，注释写明本意。
 CONFIGS = {
-    # gradients clipped at norm 0.5
+    # gradients clipped at norm 0.5 / 梯度范数裁剪到 0.5
     "clipping": {"train_micro_batch_size_per_gpu": 4, "gradient_cliping": 0.5, "optimizer": ADAMW},
     # ZeRO stage 2
     "zero": {"train_micro_batch_size_per_gpu": 4, "stage": 2, "gradient_clipping": 0.5, "optimizer": ADAMW},
-    # a learning rate that rises from 0 to 0.001 over 10 steps
+    # a learning rate that rises from 0 to 0.001 over 10 steps / 学习率在 10 步里从 0 升到 0.001
     "warm-up": {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_clipping": 0.5,
@@ -44,7 +45,7 @@ CONFIGS = {
         "gradient_clipping": 0.5,
         "zero_optimization": 1,
     },
-    # a global batch of 32 on two ranks, micro-batches of 4
+    # a global batch of 32 on two ranks, micro-batches of 4 / 两个 rank 上全局批次 32，micro-batch 为 4
     "batch": {
         "train_batch_size": 32,
         "train_micro_batch_size_per_gpu": 4,

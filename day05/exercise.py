@@ -29,6 +29,8 @@ PSI, STEPS, LR = 1009, 3, 0.01  # parameters: a prime, so that no number of rank
 def slice_of(psi: int, rank: int, num_ranks: int) -> tuple[int, int]:
     """[start, stop) of `rank`'s slice of `psi` elements. All are equally long: the last may end in the padding."""
     # TODO 1: the shortest length with which the slices cover the vector is a division, rounded up.
+    # 返回 rank 那一片的 [start, stop)：各片等长，最后一片可以伸进补齐的部分。盖得住整个向量的最短长度，是一次向上取整
+    # 的除法。
     raise NotImplementedError
 
 
@@ -39,12 +41,16 @@ class ShardedAdamW:
         self.weights = weights
         # TODO 2: self.adamw, a torch.optim.AdamW with this lr over one tensor: a copy of this rank's slice.
         # Python cuts weights[start:stop] short at the end of the vector; torch.nn.functional.pad appends zeros to it.
+        # self.adamw 是用这个 lr 的 torch.optim.AdamW，只管一个张量，即本 rank 那一片的副本。Python 的
+        # weights[start:stop] 到向量末尾会变短；torch.nn.functional.pad 可以在后面补零。
         raise NotImplementedError
 
     def step(self, gradient: torch.Tensor) -> None:
         """Update all of `weights`, in place. `gradient`: flat, whole, already averaged over the ranks."""
         # TODO 3: give the slice its part of the gradient (padded as well), call self.adamw.step(), collect all slices
         # with dist.all_gather, and copy them, without the padding, into self.weights.
+        # gradient 是展平的、完整的、已在各 rank 间平均过的梯度。把对应的部分（同样补齐）交给那一片，调用
+        # self.adamw.step()，用 dist.all_gather 收集所有片，去掉补齐后复制到 self.weights。
         raise NotImplementedError
 
 

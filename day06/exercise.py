@@ -40,12 +40,17 @@ class GradientSlice:
     def add(self, offset: int, gradient: torch.Tensor) -> None:
         """Take a parameter's flat gradient: it stands at [offset, offset + its elements) in the flat vector."""
         # TODO 1: put it into the bucket. If that made the bucket larger than bucket_size, flush first.
+        # 收下一个参数展平的梯度：它在展平向量里位于 [offset, offset + 元素数)。放进桶里；如果放进去会使桶超过
+        # bucket_size，就先 flush。
         raise NotImplementedError
 
     def flush(self) -> None:
         """Average the bucket over the ranks, copy what lies in [start, stop) to self.kept, and empty the bucket."""
         # TODO 2: torch.cat the gradients, one dist.all_reduce, divide by the number of ranks. Then, gradient by
         # gradient: which part of [offset, offset + its elements) lies in [start, stop)? All ranks call all_reduce.
+        # 在各 rank 间平均整个桶，把落在 [start, stop) 里的部分复制到 self.kept，再清空桶。用 torch.cat 拼起梯度，一次
+        # dist.all_reduce，除以 rank 数；然后逐个梯度看：[offset, offset + 元素数) 的哪一部分落在 [start, stop) 里？所
+        # 有 rank 都要调用 all_reduce。
         raise NotImplementedError
 
 

@@ -31,24 +31,30 @@ CONFIG = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": ZERO}
 def count_parameters(model: torch.nn.Module) -> int:
     """How many parameters the whole model has."""
     # TODO 1: numel() is 0 outside a gather. DeepSpeed keeps the whole size in another attribute of the parameter.
+    # 整个模型有多少参数。不在收集中时 numel() 为 0；DeepSpeed 把完整的大小放在参数的另一个属性里。
     raise NotImplementedError
 
 
 def std_of(weight: torch.nn.Parameter) -> float:
     """The standard deviation of the whole `weight`."""
     # TODO 2: deepspeed.zero.GatheredParameters makes it whole, on all ranks, until the with-block ends.
+    # 完整 weight 的标准差。deepspeed.zero.GatheredParameters 让它在所有 rank 上完整，直到 with 块结束。
     raise NotImplementedError
 
 
 def set_weight(weight: torch.nn.Parameter, values: torch.Tensor) -> None:
     """Set `weight` to `values`, so that each rank keeps its part of them."""
     # TODO 3: copy_ inside a gather, under torch.no_grad(). How does DeepSpeed learn that the weight has changed?
+    # 把 weight 设为 values，每个 rank 留下自己的那一部分。在收集中、torch.no_grad() 下 copy_。DeepSpeed 怎样知道权重
+    # 变了？
     raise NotImplementedError
 
 
 def whole_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """On rank 0 what model.state_dict() would be without ZeRO, on the CPU; {} on the other ranks."""
     # TODO 4: model.state_dict(keep_vars=True) has the parameters themselves, to gather one at a time, and the buffers.
+    # rank 0 返回没有 ZeRO 时的 model.state_dict()，放在 CPU 上；其他 rank 返回 {}。model.state_dict(keep_vars=True)
+    # 给出参数本身（要逐个收集）和 buffer。
     raise NotImplementedError
 
 

@@ -28,12 +28,17 @@ def build_ddp(model: torch.nn.Module, lr: float, bf16: bool):
     return make_train_step(forward, model, optimizer), optimizer
 
 
+def blocks_of(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The transformer blocks of a GPT-2 or of a Llama, as `transformers` names them."""
+    return model.transformer.h if hasattr(model, "transformer") else model.model.layers
+
+
 def build_fsdp2(model: torch.nn.Module, lr: float, bf16: bool):
     """Each rank holds 1/N of fp32 weights, gradients and states; a block is gathered (in bf16) while it computes."""
     device_type = next(model.parameters()).device.type
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if bf16 else MixedPrecisionPolicy()
-    for block in model.transformer.h:
+    for block in blocks_of(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, **ADAMW)

@@ -42,22 +42,28 @@ class Engine:
     def is_boundary(self) -> bool:
         """Whether the micro-batch at hand is the last one of an optimizer step."""
         # TODO 1: micro_steps counts those that are over; the one at hand is the next.
+        # 眼前的 micro-batch 是不是一个优化器步的最后一个。micro_steps 数的是已经结束的；眼前的是下一个。
         raise NotImplementedError
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of this micro-batch's share of the step; at the boundary, average them over the ranks."""
         # TODO 2: which share of the step's loss is this one? PyTorch adds to .grad by itself.
+        # 累加这个 micro-batch 在一步里的那一份梯度；到边界时在各 rank 间求平均。它占一步损失的多少？PyTorch 会自己加
+        # 到 .grad 上。
         raise NotImplementedError
 
     def step(self) -> None:
         """At the boundary: update and clear the gradients. Always: count."""
         # TODO 3
+        # 到边界时：更新，并清空梯度。每次都要：计数。
         raise NotImplementedError
 
     def finish(self) -> None:
         """The data ended inside a step: update with the mean over the micro-batches there were, and begin anew."""
         # TODO 4: how many are in? If none, nothing is to do. Each was divided by `accumulation`: correct that; average
         # over the ranks, update, clear, and count on to the next boundary.
+        # 数据在一步中间结束：用已有 micro-batch 的平均值更新，然后重新开始。已有几个？没有就什么也不做。每个都除以了
+        # accumulation：要改正过来；在各 rank 间求平均，更新，清空，并数到下一个边界。
         raise NotImplementedError
 
 

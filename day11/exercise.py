@@ -36,6 +36,7 @@ class Fp16Optimizer:
         self.weights, self.scale = weights, scale
         self.hysteresis, self.good_steps = HYSTERESIS, 0
         # TODO 1: self.master, a copy of the weights in fp32, and self.adamw, a torch.optim.AdamW with lr=LR over it.
+        # self.master 是权重的 fp32 副本，self.adamw 是作用于它的 torch.optim.AdamW，lr=LR。
         raise NotImplementedError
 
     def update_scale(self, overflow: bool) -> None:
@@ -43,6 +44,9 @@ class Fp16Optimizer:
         # TODO 2: an overflow uses up hysteresis until 1 is left; from then on it halves the scale, not below MIN_SCALE.
         # The first good step does not count: after 1 + WINDOW, 1 + 2 * WINDOW, ... good steps in a row the scale
         # doubles, and hysteresis is HYSTERESIS again.
+        # 像 DeepSpeed 一样调整损失缩放系数 self.scale；self.good_steps 数连续没有溢出的步。溢出先消耗 hysteresis，直
+        # 到剩 1；此后每次溢出使系数减半，但不低于 MIN_SCALE。第一个正常步不算：连续 1 + WINDOW、1 + 2 * WINDOW……个正
+        # 常步之后系数加倍，hysteresis 变回 HYSTERESIS。
         raise NotImplementedError
 
     def step(self, gradient: torch.Tensor) -> bool:
@@ -50,6 +54,9 @@ class Fp16Optimizer:
         # TODO 3: average over the ranks in fp32 (all_reduce; an inf or nan of one rank then reaches all). Update the
         # scale either way. With an overflow: change nothing else. Without: divide by the scale that the gradient was
         # made with, step self.adamw, and copy the masters to the fp16 weights.
+        # 返回是否更新了权重。gradient 是 fp16 的、只属于本 rank 的、损失 x self.scale 的梯度。先以 fp32 在各 rank 间
+        # 求平均（all_reduce；这样一个 rank 的 inf 或 nan 会传到所有 rank）。无论如何都更新系数。有溢出：别的都不动。
+        # 没有：除以得出这个梯度时所用的系数，做一步 self.adamw，再把主权重复制到 fp16 权重。
         raise NotImplementedError
 
 

@@ -33,12 +33,28 @@ def batches_from(loader: DataLoader, position: int) -> Iterator[dict[str, torch.
         epoch, skip = epoch + 1, 0
 
 
-def save(engine: deepspeed.DeepSpeedEngine, run_dir: str, step: int) -> None:
+def batch_of(engine: deepspeed.DeepSpeedEngine) -> str:
+    """How the global batch comes about, for the proof line and for the settings."""
+    accumulation = engine.gradient_accumulation_steps()
+    return (
+        f"{engine.train_micro_batch_size_per_gpu()} micro x {accumulation} accumulation x {engine.dp_world_size} ranks"
+    )
+
+
+def settings_of(engine: deepspeed.DeepSpeedEngine, args: argparse.Namespace) -> dict:
+    """What a run must have in common with the one that it continues; its length is for the user to know."""
+    return {"model": args.model, "corpus": args.corpus, "seed": args.seed, "batch": batch_of(engine)}
+
+
+def save(engine: deepspeed.DeepSpeedEngine, args: argparse.Namespace, step: int) -> None:
     """Save weights, optimizer, schedule, and each rank's random state: client_state is rank 0's alone. Collective."""
     states = [None] * engine.dp_world_size
     torch.distributed.all_gather_object(states, (torch.get_rng_state(), get_accelerator().get_rng_state()))
-    engine.save_checkpoint(f"{run_dir}/checkpoints", tag=f"step{step}", client_state={"step": step, "random": states})
-    print0(f"step {step:4d} | checkpoint {show_path(run_dir)}/checkpoints/step{step}")
+    folder, client_state = f"{args.run_dir}/checkpoints", {"step": step, "random": states}
+    engine.save_checkpoint(folder, tag=f"step{step}", client_state=client_state)
+    if engine.global_rank == 0:
+        Path(args.run_dir, "settings.json").write_text(json.dumps(settings_of(engine, args)))
+    print0(f"step {step:4d} | checkpoint {show_path(args.run_dir)}/checkpoints/step{step}")
 
 
 def load(engine: deepspeed.DeepSpeedEngine, run_dir: str) -> int:
@@ -52,9 +68,11 @@ def load(engine: deepspeed.DeepSpeedEngine, run_dir: str) -> int:
     return client_state["step"]
 
 
-def resume(engine: deepspeed.DeepSpeedEngine, args: argparse.Namespace, settings: dict) -> int:
-    """Continue the run in the folder `args.resume`; return the steps that it has done. Collective."""
-    check_resume(args, settings)
+def resume(engine: deepspeed.DeepSpeedEngine, args: argparse.Namespace) -> int:
+    """Continue the run in the folder `args.resume`; return the steps that it has done, 0 without one. Collective."""
+    if not args.resume:
+        return 0
+    check_resume(args, settings_of(engine, args))
     done = load(engine, args.resume)
     print0(f"resumed {show_path(args.resume)} after step {done}")
     if done >= args.steps:
@@ -66,7 +84,7 @@ def check_resume(args: argparse.Namespace, settings: dict) -> None:
     """Stop when the run to continue was made with other settings, or would lose its log."""
     old_run = Path(args.resume)
     if not (old_run / "settings.json").exists():
-        raise UserError(f"--resume {args.resume}: no settings.json there; name the run folder of a day12/train.py")
+        raise UserError(f"--resume {args.resume}: no settings.json there; name a run folder with checkpoints")
     if old_run.resolve() == Path(args.run_dir).resolve():
         raise UserError(f"--resume and --run_dir are both {args.resume}: its log would be overwritten; name another")
     for name, value in json.loads((old_run / "settings.json").read_text()).items():

@@ -40,18 +40,25 @@ def flops_per_token(preset: Preset, padded_vocabulary: int) -> int:
     """Operations a token of one training step (forward and backward) on sequences of preset.block_size tokens."""
     # TODO 1: 6 for each weight that multiplies a token's vector: in a layer 3 H^2 (queries, keys, values), H^2, 4 H^2
     # and 4 H^2; the embedding once, as the last layer (looking up a row multiplies nothing). Attention: 12 H T a layer.
+    # 训练一步（前向和反向）中每个 token 的运算数，序列长 preset.block_size。每个与 token 的向量相乘的权重算 6：一层里
+    # 是 3 H^2（query、key、value）、H^2、4 H^2 和 4 H^2；嵌入算一次，作为最后一层（取出一行并不做乘法）。注意力：每层
+    # 12 H T。
     raise NotImplementedError
 
 
 def mfu(rows: list[dict]) -> float:
     """Model FLOP utilisation of a run: the median over its training lines, without the first."""
     # TODO 2: FLOP/s that the model needed over FLOP/s that all devices could do. Held-out rows have no tokens_per_s.
+    # 一次训练的 MFU：各训练行的中位数，不含第一行。即模型所需的 FLOP/s 除以所有设备能达到的 FLOP/s。留出集的行没有
+    # tokens_per_s。
     raise NotImplementedError
 
 
 def parameter_groups(model: torch.nn.Module) -> list[dict]:
     """AdamW's groups: matrices first, with weight decay 0.1; then the LayerNorms' vectors, with none."""
     # TODO 3: a list of two {"params": [...], "weight_decay": ...}; each parameter in one of them.
+    # AdamW 的参数组：先是矩阵，权重衰减 0.1；再是 LayerNorm 的向量，不衰减。返回两个 {"params": [...],
+    # "weight_decay": ...} 的列表，每个参数只在其中一个里。
     raise NotImplementedError
 
 

@@ -5,6 +5,7 @@
 Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, section 4.1 and appendix B.
 """
 
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -15,18 +16,25 @@ import torch
 
 from common.run_log import RunLog
 
-# Dense bf16 FLOP/s by a part of the device's name. NVIDIA's data sheets print the figure "with sparsity", twice these.
+# Dense bf16 FLOP/s by a device's name, as a regular expression for all of it: an H20 is no H200, a 4090 D no 4090, a
+# part of a card (MIG) no card. Since Hopper, data sheets print the figure "with sparsity", twice these.
 PEAK_FLOPS = {
-    "H100 80GB HBM3": 989e12,  # https://www.nvidia.com/en-us/data-center/h100/ (SXM; the PCIe card is slower)
-    "H200": 989e12,  # https://www.nvidia.com/en-us/data-center/h200/
-    "A100": 312e12,  # https://www.nvidia.com/en-us/data-center/a100/
+    r"A(100|800)-(SXM4|PCIE)-\d+GB": 312e12,  # https://www.nvidia.com/en-us/data-center/a100/ (A800: see below)
+    r"A(100|800) 80GB PCIe": 312e12,
+    r"H100 80GB HBM3": 989e12,  # https://www.nvidia.com/en-us/data-center/h100/ (SXM)
+    r"H200": 989e12,  # https://www.nvidia.com/en-us/data-center/h200/ (SXM)
+    r"GeForce RTX 4090": 165.2e12,  # NVIDIA Ada GPU Architecture, appendix A: bf16 with fp32 accumulate
+    # We found no data sheet of NVIDIA's for these, and take what verl/utils/flops_counter.py has, as for the A800:
+    # https://github.com/volcengine/verl
+    r"H800": 989e12,  # SXM
+    r"H20(-3e)?": 148e12,
 }
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Peak bf16 FLOP/s of `device` from the table above, None when it is not there."""
-    name = getattr(torch.get_device_module(device), "get_device_name", str)(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    name = getattr(torch.get_device_module(device), "get_device_name", str)(device).removeprefix("NVIDIA ")
+    return next((peak for card, peak in PEAK_FLOPS.items() if re.fullmatch(card, name)), None)
 
 
 def measured_flops(device: torch.device, size: int = 4096, seconds: float = 1.0) -> float:

@@ -4,7 +4,7 @@ From the repository root, on two CPU processes or any number of GPUs:
 
     deepspeed --num_accelerators 2 day12/train.py
     deepspeed --num_accelerators 2 day12/train.py --resume runs/day12/20261125-120000
-    deepspeed --num_accelerators 1 day12/train.py --model gpt2 --deepspeed_config day12/ds_config_gpt2.json --steps 400
+    deepspeed --num_accelerators 1 day12/train.py --model gpt2 --deepspeed_config day12/ds_config_gpt2.json
 
 Expect the held-out loss to fall, text samples to become readable, checkpoints in the run folder, and a last line on
 resource use. `--resume RUN_DIR` continues an interrupted run as if nothing had happened.
@@ -12,7 +12,7 @@ Checked with deepspeed 0.19.8. Source: Radford et al. 2019 (GPT-2); https://gith
 """
 
 import argparse
-import json
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,7 +32,8 @@ from common.model import get_preset
 from common.ranks import print0, require_launcher
 from common.run_log import RunLog, default_run_dir
 from config.read import read_config
-from day12.checkpoint import batches_from, resume, save
+from day12.checkpoint import batch_of, batches_from, resume, save
+from day12.fast import speed_up
 from day12.gpt import GPT, build_gpt, parameter_groups, to_transformers
 from day12.resources import UsageMeter
 
@@ -41,6 +42,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deepspeed_config", default=str(HERE / "ds_config.json"), help="DeepSpeed JSON config")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps (not micro-batches)")
+    parser.add_argument("--tokens", type=int, help="token budget of the run, in place of --steps")
+    parser.add_argument("--global_batch", type=int, help="sequences per optimizer step (default: the config's)")
     parser.add_argument("--log_every", type=int, default=20, help="optimizer steps between two log lines")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
@@ -51,9 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sample_every", type=int, default=100, help="optimizer steps between two text samples")
     parser.add_argument("--save_every", type=int, default=100, help="optimizer steps between two checkpoints")
     parser.add_argument("--resume", metavar="RUN_DIR", help="continue this run from its last checkpoint")
-    parser.add_argument(
-        "--fast", choices=["auto", "yes", "no"], default="auto", help="compile, fuse the loss; auto: on accelerators"
-    )
+    parser.add_argument("--fast", choices=["auto", "yes", "no"], default="auto", help="fast.py; auto: on accelerators")
     return parser.parse_args()
 
 
@@ -67,16 +68,22 @@ def stretch_schedule(config: dict, num_steps: int) -> None:
         schedule |= {"total_num_steps": num_steps, "warmup_num_steps": max(1, round(share * num_steps))}
 
 
-def clip_in_pytorch(config: dict) -> float | None:
-    """Take the clipping out of a ZeRO-0 config and return its norm; None at other stages, where DeepSpeed must clip.
-
-    At ZeRO-0 gradients are ordinary `.grad`s: PyTorch clips them in few kernels, DeepSpeed in one a parameter.
-    """
-    if config.get("zero_optimization", {}).get("stage", 0) > 0:
-        return None
-    max_norm = config.get("gradient_clipping", 1.0)
-    config["gradient_clipping"] = 0.0
-    return max_norm
+def plan_run(config: dict, args: argparse.Namespace, block_size: int, ranks: int) -> None:
+    """Put --global_batch into the config, turn --tokens into args.steps, and let the schedule end with the run."""
+    a_pass = config["train_micro_batch_size_per_gpu"] * ranks  # sequences of one micro-batch on all ranks
+    if args.global_batch is not None:
+        if args.global_batch < 1 or args.global_batch % a_pass:
+            raise UserError(f"--global_batch {args.global_batch}: a multiple of {a_pass}, micro-batch x ranks")
+        config |= {"train_batch_size": args.global_batch, "gradient_accumulation_steps": args.global_batch // a_pass}
+    if args.tokens is not None:
+        batch = config.get("train_batch_size", a_pass * config.get("gradient_accumulation_steps", 1))
+        if args.tokens < batch * block_size:
+            raise UserError(f"--tokens {args.tokens}: one optimizer step takes {batch * block_size:,}")
+        args.steps = args.tokens // (batch * block_size)
+    for name in ("steps", "log_every", "eval_every", "sample_every", "save_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: take 1 or more; a large number means at the end alone")
+    stretch_schedule(config, args.steps)
 
 
 def loader_for(engine: deepspeed.DeepSpeedEngine, blocks: TokenBlocks, seed: int) -> DataLoader:
@@ -88,23 +95,15 @@ def loader_for(engine: deepspeed.DeepSpeedEngine, blocks: TokenBlocks, seed: int
     )  # fmt: skip
 
 
-def speed_up(engine: deepspeed.DeepSpeedEngine, model: GPT) -> None:
-    """Compile the model and choose its fast kernels; speed.py measures what each of them is worth."""
-    model.narrow_stream = True  # 16 bits between the blocks as well
-    if engine.device.type == "cuda":
-        model.fused_loss = True  # loss.py's kernel
-        torch.backends.cuda.enable_flash_sdp(False)  # cuDNN's attention beats FlashAttention 2 on Hopper
-    engine.compile()  # torch.compile on the module; the engine's own hooks stay outside
-
-
-def print_proof(engine: deepspeed.DeepSpeedEngine, sizes: str, schedule: str) -> None:
+def print_proof(engine: deepspeed.DeepSpeedEngine, schedule: object, num_steps: int) -> None:
     """What is on, read from the engine."""
     forward = engine.torch_autocast_dtype() if engine.torch_autocast_enabled() else "off"
     print0(f"zero stage {engine.zero_optimization_stage()} | autocast {forward} | compiled {engine.is_compiled}")
     for group in engine.optimizer.param_groups:
         numbers = f"{sum(parameter.numel() for parameter in group['params']):,} parameters on rank 0"
         print0(f"{type(engine.basic_optimizer).__name__}: weight decay {group['weight_decay']} for {numbers}")
-    print0(f"batch {engine.train_batch_size()} = {sizes} | schedule {schedule} | {engine.device.type}")
+    run = f"schedule {type(schedule).__name__}, {num_steps} steps | {engine.device.type}"
+    print0(f"batch {engine.train_batch_size()} = {batch_of(engine)} | {run}")
 
 
 def evaluate(engine: deepspeed.DeepSpeedEngine, blocks: TokenBlocks) -> float:
@@ -132,7 +131,7 @@ def look_around(engine: deepspeed.DeepSpeedEngine, tokenizer, blocks: TokenBlock
         log.record(step=step, sample=text)
         print0(f"step {step:4d} | sample {text!r}")
     if saves:
-        save(engine, args.run_dir, step)
+        save(engine, args, step)
     return evaluates or samples or saves
 
 
@@ -140,13 +139,9 @@ def main() -> None:
     args = parse_args()
     require_launcher()
     start_without_compiler()
-    for name in ("steps", "log_every", "eval_every", "sample_every", "save_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: take 1 or more; a large number means at the end alone")
-    config = read_config(args.deepspeed_config)
-    stretch_schedule(config, args.steps)
-    max_norm = clip_in_pytorch(config)
+    config = read_config(args.deepspeed_config, needs=["train_micro_batch_size_per_gpu"])
     preset = get_preset(args.model)
+    plan_run(config, args, preset.block_size, int(os.environ["WORLD_SIZE"]))
     tokenizer = load_tokenizer(preset.tokenizer)
     train_blocks, held_out_blocks = load_corpus(args.corpus, tokenizer, preset.block_size)
     torch.manual_seed(args.seed)  # the same on every rank, so every rank builds the same weights
@@ -155,34 +150,27 @@ def main() -> None:
     engine, _, _, scheduler = deepspeed.initialize(model=model, model_parameters=parameter_groups(model), config=config)
     if engine.zero_optimization_stage() == 3:
         raise UserError(f"zero stage 3 in {args.deepspeed_config}: samples need whole weights, take stage 0, 1 or 2")
-    device, accumulation, ranks = engine.device, engine.gradient_accumulation_steps(), engine.dp_world_size
-    if args.fast == "yes" or args.fast == "auto" and device.type != "cpu":
+    if args.fast == "yes" or args.fast == "auto" and engine.device.type != "cpu":
         speed_up(engine, model)
-    sizes = f"{engine.train_micro_batch_size_per_gpu()} micro x {accumulation} accumulation x {ranks} ranks"
-    print_proof(engine, sizes, f"{type(scheduler).__name__}, {args.steps} steps")
-    settings = {"model": args.model, "corpus": args.corpus, "seed": args.seed, "batch": sizes}
-    done = resume(engine, args, settings) if args.resume else 0
+    print_proof(engine, scheduler, args.steps)
+    accumulation = engine.gradient_accumulation_steps()
+    done = resume(engine, args)  # steps that an interrupted run has behind it; 0 without --resume
     batches = batches_from(loader_for(engine, train_blocks, args.seed), done * accumulation)
 
-    log = RunLog(args.run_dir, args.steps, args.log_every, device)
-    if engine.global_rank == 0:
-        Path(args.run_dir, "settings.json").write_text(json.dumps(settings))
-    usage = UsageMeter(log, model.flops_per_token(preset.block_size), device)
-    log.record(num_params=model.num_params, flops_per_token=usage.flops, peak_flops=usage.peak, ranks=ranks)
+    log = RunLog(args.run_dir, args.steps, args.log_every, engine.device)
+    usage = UsageMeter(log, model.flops_per_token(preset.block_size), engine.device)
+    log.record(
+        num_params=model.num_params, flops_per_token=usage.flops, peak_flops=usage.peak, ranks=engine.dp_world_size
+    )
     if not done:
         log.held_out(0, evaluate(engine, held_out_blocks))
-    # One rank has nobody to average with; ZeRO-0 would still flatten all gradients and copy them back.
-    maybe_average = engine.no_sync if engine.zero_optimization_stage() == 0 and ranks == 1 else nullcontext
     for step in range(done + 1, args.steps + 1):
         local_loss = 0.0
         for _ in range(accumulation):
             with usage.waiting_for_data():
-                batch = to_device(next(batches), device)
-            with maybe_average():
-                loss = engine(**batch).loss
-                engine.backward(loss)
-            if max_norm and engine.is_gradient_accumulation_boundary():
-                torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+                batch = to_device(next(batches), engine.device)
+            loss = engine(**batch).loss
+            engine.backward(loss)
             engine.step()
             local_loss += loss.detach() / accumulation
         tokens = accumulation * batch["input_ids"].numel()

@@ -50,24 +50,30 @@ class Model(torch.nn.Module):
 def bubble(stages: int, micro_batches: int) -> Fraction:
     """Return the share of its time that a stage is idle, as Fraction(a, b)."""
     # TODO 1: how long is a stage busy, how long does the whole step take? Count in units of forward + backward.
+    # 以 Fraction(a, b) 返回一个 stage 空闲的时间占比。一个 stage 忙多久，整步要多久？以“前向 + 反向”为单位来数。
     raise NotImplementedError
 
 
 def kept(stages: int, micro_batches: int, stage: int) -> int:
     """Return how many micro-batches' activations `stage` keeps at most, under 1F1B."""
     # TODO 2: how many does it send forward before the first gradient comes back? There may be fewer than that.
+    # 返回 1F1B 下 stage 最多同时保留多少个 micro-batch 的激活。第一个梯度回来之前，它送出了几个前向？micro-batch 也可
+    # 能没有那么多。
     raise NotImplementedError
 
 
 def micro_batches_for(stages: int, limit: Fraction) -> int:
     """Return the smallest number of micro-batches whose bubble is not above `limit`."""
     # TODO 3: turn the formula round, and round up.
+    # 返回气泡不超过 limit 的最小 micro-batch 数。把公式反过来，再向上取整。
     raise NotImplementedError
 
 
 def layers() -> list[LayerSpec]:
     """Return Model as a list of LayerSpecs; what one layer returns, the next one takes."""
     # TODO 4: a LayerSpec takes a class and its arguments, and builds nothing. A relu is a layer as well.
+    # 把 Model 写成 LayerSpec 的列表返回；一层返回什么，下一层就接什么。LayerSpec 接受一个类和它的参数，并不构建。relu
+    # 也是一层。
     raise NotImplementedError
 
 

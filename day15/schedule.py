@@ -151,8 +151,8 @@ def instruction_table(stages: list[list[Event]]) -> list[str]:
 
 
 def plot(drawn: dict[str, list[list[Event]]], ends: float, path: Path) -> None:
-    """A panel a schedule, a row a stage; forward blue, backward orange, messages black, idle white."""
-    colors = {"ForwardPass": "tab:blue", "BackwardPass": "tab:orange"}
+    """A panel per schedule, a row per stage; passes in the style's first two colours, messages black, idle white."""
+    colors = {"ForwardPass": "C0", "BackwardPass": "C1"}
     figure, panels = plt.subplots(len(drawn), figsize=(10, 1.4 + 1.6 * len(drawn)), sharex=True, squeeze=False)
     for axes, (name, stages) in zip(panels[:, 0], drawn.items(), strict=True):
         for event in (event for events in stages for event in events if event.end > event.start):
@@ -163,7 +163,7 @@ def plot(drawn: dict[str, list[list[Event]]], ends: float, path: Path) -> None:
         axes.set(title=name, ylabel="stage", yticks=range(len(stages)), xlim=(0, ends))
         axes.invert_yaxis()
     panels[-1, 0].set_xlabel("time, in the unit of --forward; the number in a pass is its micro-batch")
-    named = {"forward pass": "tab:blue", "backward pass": "tab:orange", "message": "black"}
+    named = {"forward pass": "C0", "backward pass": "C1", "message": "black"}
     patches = [plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in named.items()]
     figure.legend(handles=patches, loc="upper right", ncols=3, frameon=False)
     figure.tight_layout()

@@ -44,12 +44,16 @@ class Model(torch.nn.Module):
 def layers() -> list[LayerSpec]:
     """Return Model as three LayerSpecs: embedding, body, head. First and last hold the same weight."""
     # TODO 1: TiedLayerSpec(key, class, *arguments, forward_fn=...): forward_fn(layer, x) is called in place of layer(x)
+    # 把 Model 写成三个 LayerSpec 返回：嵌入、主体、输出头；首尾用同一个权重。TiedLayerSpec(key, 类, *参数,
+    # forward_fn=...)：会调用 forward_fn(layer, x) 来代替 layer(x)。
     raise NotImplementedError
 
 
 def best_parts(costs: list[float], stages: int) -> list[int]:
     """Return the cuts [0, ..., len(costs)] for which the slowest stage (the largest sum of costs) is fastest."""
     # TODO 2: stage s has the layers parts[s] to parts[s + 1] - 1, at least one. Trying all cuts is allowed.
+    # 返回切点 [0, ..., len(costs)]，使最慢的 stage（costs 之和最大）尽量快。stage s 含层 parts[s] 到 parts[s + 1] - 1，
+    # 至少一层。可以把所有切法都试一遍。
     raise NotImplementedError
 
 
@@ -59,6 +63,8 @@ def waiting(stage_seconds: list[int], micro_batches: int) -> Fraction:
     Seconds of one micro-batch, forward and backward together; a stage takes the micro-batches one after the other.
     """
     # TODO 3: the first micro-batch goes through all stages; each later one leaves the slowest stage behind it.
+    # 返回各 rank 平均的等待时间占比；stage_seconds 是各 stage 处理一个 micro-batch（前向加反向）的秒数，一个 stage 依
+    # 次处理各个 micro-batch。第一个 micro-batch 走过所有 stage；之后每一个都比前一个晚最慢 stage 的时间。
     raise NotImplementedError
 
 

@@ -60,12 +60,16 @@ def save(disk: Disk, step: int, content: dict[str, bytes]) -> None:
     """Save `content` ({file name: bytes}) as the checkpoint of `step`."""
     # TODO 1: write each file, and a file of SHA-256 sums (hashlib), under another folder name; flush every file;
     # then give the folder its name, f"step{step:06d}".
+    # 把 content（{文件名: 字节}）存成第 step 步的检查点。先把每个文件和一个 SHA-256（hashlib）校验和文件写在另一个目
+    # 录名下；flush 每个文件；然后给目录换上正式的名字 f"step{step:06d}"。
     raise NotImplementedError
 
 
 def load_newest(disk: Disk) -> tuple[int, dict[str, bytes]] | None:
     """Return (step, content) of the newest checkpoint that is whole, None when there is none."""
     # TODO 2: newest first, look only at folders named step......; the names and sums must be those that were saved.
+    # 返回最新的完整检查点 (step, content)，没有就返回 None。从最新的开始，只看名为 step...... 的目录；文件名和校验和
+    # 必须与保存时一致。
     raise NotImplementedError
 
 

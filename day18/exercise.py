@@ -26,12 +26,15 @@ def to_universal(parts: list[torch.Tensor], shapes: dict[str, tuple]) -> dict[st
     """Return {name: whole parameter} from each rank's part of the padded flat vector."""
     # TODO 1: join the parts, then take each parameter's elements in turn and give them their shape. What is left
     # over at the end is padding.
+    # 由各 rank 的那部分（补齐过的展平向量）返回 {名字: 完整参数}。把各部分接起来，再依次取出每个参数的元素，变回它的
+    # 形状。最后剩下的是补齐。
     raise NotImplementedError
 
 
 def to_parts(whole: dict[str, torch.Tensor], num_ranks: int) -> list[torch.Tensor]:
     """Return the parts for `num_ranks` ranks: equal in size, the last one padded with zeros."""
     # TODO 2: flatten and join in the order of the dictionary; pad with zeros until it divides; cut.
+    # 返回 num_ranks 个 rank 的各部分：大小相等，最后一个用零补齐。按字典的顺序展平、接起来；用零补到能整除；再切。
     raise NotImplementedError
 
 

@@ -33,6 +33,7 @@ LABELS = [-100] * 5 + [21, EOS, -100] + [-100] + [EOS, -100]
 def answer_labels(turns: list[tuple[str, list[int]]], eos: int) -> list[int]:
     """One label a token of the dialogue: the token itself where the assistant speaks, else -100."""
     # TODO 1: what ends an answer is to be learned, what the template adds behind it is not.
+    # 对话的每个 token 一个标签：助手说的是 token 本身，其余是 -100。结束回答的 token 要学，模板加在它后面的不学。
     raise NotImplementedError
 
 
@@ -43,12 +44,16 @@ def divisor(counts: list[list[int]]) -> float:
     """
     # TODO 2: with one rank and one micro-batch it is that micro-batch's count. With more, not each its own count:
     # then a token of a short answer would weigh more than one of a long answer.
+    # 每个 micro-batch 用什么去除它的 token 损失之和，才能使这一步的损失是对所有 token 的平均。
+    # counts[rank][micro_batch] 是回答的 token 数；engine 自己会在 micro-batch 和 rank 之间求平均。只有一个 rank、一个
+    # micro-batch 时，就是它的 token 数；更多时不能各用各的：那样短回答的一个 token 会比长回答的分量重。
     raise NotImplementedError
 
 
 def decay_groups(shapes: dict[str, tuple[int, ...]], frozen: set[str]) -> tuple[list[str], list[str]]:
     """Names of (those with weight decay, those without): matrices, then vectors. Frozen ones are in neither."""
     # TODO 3
+    # 返回（要权重衰减的名字，不要的名字）：先矩阵，后向量。冻结的两边都不放。
     raise NotImplementedError
 
 

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
+    Qwen3Config,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
@@ -45,6 +46,9 @@ TINY = {
     "tiny-gpt2": (GPT2Config, {**SMALL, "n_positions": 512, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "tiny-qwen": (Qwen2Config, {**SMALL, **ROPE, "tie_word_embeddings": False}),  # biases in attention, own output
 }
+# Qwen3's shape with 4 million parameters, which learn in minutes; -zh with the Chinese tokenizer of data/zh4096.
+QWEN3 = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+TINY["qwen3-en"] = TINY["qwen3-zh"] = (Qwen3Config, {**QWEN3, "intermediate_size": 768, "tie_word_embeddings": True})
 # One whose layers outweigh its embedding by far, as in large models: for host_memory.py; 1.1 GB in data/cache/.
 BROAD = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 8}
 TINY["llama-300m"] = (LlamaConfig, {**BROAD, "intermediate_size": 2816, "tie_word_embeddings": True})
@@ -63,7 +67,7 @@ CHAT_TEMPLATE = (
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of the model `name`; one without an end token is a UserError, one without a template later."""
     try:
-        tokenizer = _small_tokenizer() if name in LARGE else AutoTokenizer.from_pretrained(locate(name))
+        tokenizer = _small_tokenizer(name) if name in LARGE else AutoTokenizer.from_pretrained(locate(name))
     except (OSError, ValueError) as error:
         raise _unknown(name, error) from error
     if tokenizer.eos_token is None:
@@ -77,10 +81,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(name: str, dtype: torch.dtype = torch.float32, attention: str | None = None) -> PreTrainedModel:
     """Load the causal language model `name`. With a live `HfDeepSpeedConfig` of stage 3 each rank keeps its part only.
 
-    `name` is "smollm2", a preset above, a folder with a config.json, or a name on the Hugging Face Hub.
+    `name` is "smollm2", a preset above, a folder with a config.json (one that ModelScope downloaded as well), or a name
+    on the Hugging Face Hub. `attention`: another implementation than the one `transformers` takes by itself.
     """
     try:
         with quiet():
@@ -88,11 +93,35 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
                 _, model = _build(name, dtype)
             else:
                 model = AutoModelForCausalLM.from_pretrained(locate(name), dtype=dtype)
-    except (OSError, ValueError) as error:
+            if attention:
+                model.set_attn_implementation(attention)
+    except (ImportError, ValueError) as error:
+        if not attention:
+            raise _unknown(name, error) from error
+        raise UserError(f"--attention {attention}: {str(error).strip().splitlines()[0]}") from error
+    except OSError as error:
         raise _unknown(name, error) from error
     model.config.use_cache = False  # keys and values of past tokens: for generation, useless in training
     model.loss_type = "ForCausalLM"  # `transformers` does not derive it from every class's name
     return model
+
+
+def grow_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Give each token of `tokenizer` a row in the embedding: the mean of those there are. Return how many are new.
+
+    Before `initialize`, which the new rows have to be known to. Collective at stage 3, where the embedding is in parts.
+    """
+    old = model.get_input_embeddings().weight
+    rows = getattr(old, "ds_shape", old.shape)[0]
+    if len(tokenizer) <= rows:  # a model may have more than its tokenizer knows: a multiple of 64, often
+        return 0
+    import deepspeed  # here, because it takes seconds to import, and few need it
+
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for part in {model.get_input_embeddings(), model.get_output_embeddings()}:
+        with deepspeed.zero.GatheredParameters([part.weight], modifier_rank=0), torch.no_grad():
+            part.weight[rows:] = part.weight[:rows].mean(0)
+    return len(tokenizer) - rows
 
 
 def vocabulary_of(name: str) -> int:
@@ -147,15 +176,15 @@ def _unpack_smollm2():
     return tokenizer, model
 
 
-def _small_tokenizer() -> PreTrainedTokenizerBase:
-    tokenizer = data.load_tokenizer("bpe4096")
+def _small_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    tokenizer = data.load_tokenizer("zh4096" if name.endswith("-zh") else "bpe4096")
     tokenizer.chat_template, tokenizer.pad_token = CHAT_TEMPLATE, tokenizer.eos_token
     return tokenizer
 
 
 def _build(name: str, dtype: torch.dtype = torch.float32):
     """A tokenizer and a model with random weights; with a live `HfDeepSpeedConfig` of stage 3, in parts."""
-    tokenizer, (kind, shape) = _small_tokenizer(), {**TINY, **LARGE}[name]
+    tokenizer, (kind, shape) = _small_tokenizer(name), {**TINY, **LARGE}[name]
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     config = kind(**{"vocab_size": len(tokenizer), **special, **shape})
     # A large one is drawn on the GPU where there is one: seconds instead of minutes. (zero.Init has its own place.)

@@ -4,7 +4,7 @@ From the repository root, on two CPU processes or two GPUs:
 
     deepspeed --num_accelerators 2 day22/train.py
     deepspeed --num_accelerators 2 day22/train.py --dataset moby_dick
-    deepspeed --num_accelerators 2 day22/train.py --pretrained tiny-llama --lr 0.001
+    deepspeed --num_accelerators 2 day22/train.py --pretrained tiny-llama --lr 0.001 --packing
 
 Expect the share that each rank loaded, answers before and after, a held-out loss that falls, and the saved folder.
 Checked with deepspeed 0.19.8. Source: https://huggingface.co/docs/transformers/deepspeed, non-Trainer integration.
@@ -13,6 +13,7 @@ Checked with deepspeed 0.19.8. Source: https://huggingface.co/docs/transformers/
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from math import exp
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from transformers.integrations import HfDeepSpeedConfig
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-# Copying this script? Take pretrained.py and chat_data.py along, and replace the imports from common.
+# Copying this script? Take pretrained.py, dialogues.py, chat_data.py and packing.py along, and replace what is common.
 from common.cpu import start_without_compiler
 from common.data import to_device
 from common.errors import UserError, clear_errors
@@ -33,7 +34,9 @@ from common.ranks import over_ranks, print0, require_launcher
 from common.run_log import RunLog, default_run_dir, show_path
 from config.read import read_config
 from day22.chat_data import answers, collate, endless_order, held_out_loss, load_chat
-from day22.pretrained import load_model, load_tokenizer
+from day22.dialogues import questions_of
+from day22.packing import packed_batches, samples_of, seen_across_borders, tokens_of
+from day22.pretrained import grow_vocabulary, load_model, load_tokenizer
 
 QUESTIONS = ["What is a chat robot?", "Who wrote Hamlet?"]  # the first is held out, the second is in no data
 
@@ -50,16 +53,19 @@ def parse_args() -> argparse.Namespace:
         "--pretrained", default="smollm2", help="smollm2, a preset of pretrained.py, a folder, a hub name"
     )
     parser.add_argument(
-        "--dataset", default="chat", help="chat, a file of dialogues, a hub data set, or a corpus of plain text"
+        "--dataset", default="chat", help="chat, texts, texts-zh, a file, a hub data set, or a corpus of plain text"
     )
     parser.add_argument("--max_length", type=int, default=128, help="tokens of the longest sample")
     parser.add_argument(
         "--too_long", default="drop", choices=["drop", "truncate"], help="what becomes of longer samples"
     )
+    parser.add_argument("--packing", action="store_true", help="several samples a row of --max_length tokens")
+    parser.add_argument("--attention", help="transformers' attn_implementation: sdpa, flex_attention, ...")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the config's)")
     parser.add_argument("--freeze", type=int, default=0, help="freeze the embedding and the first N layers")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing of every layer")
     parser.add_argument("--new_tokens", type=int, default=16, help="length of the sample answers; 0 leaves them out")
+    parser.add_argument("--questions", help="file of questions for the sample answers, one a line, or of dialogues")
     parser.add_argument("--naive", action="store_true", help="load the whole model on every rank, then partition")
     return parser.parse_args()
 
@@ -83,7 +89,7 @@ def parameter_groups(model: torch.nn.Module) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def build_engine(args: argparse.Namespace) -> deepspeed.DeepSpeedEngine:
+def build_engine(args: argparse.Namespace, tokenizer) -> deepspeed.DeepSpeedEngine:
     """Load the model in parts, choose what is trained, hand it to DeepSpeed, show what this rank has. Collective."""
     config = read_config(args.deepspeed_config, needs=["optimizer"])
     if "total_num_steps" in config.get("scheduler", {}).get("params", {}):
@@ -93,7 +99,9 @@ def build_engine(args: argparse.Namespace) -> deepspeed.DeepSpeedEngine:
 
     # (1) from_pretrained looks for a live HfDeepSpeedConfig: at stage 3 it then builds and fills the model in parts.
     partitioned = None if args.naive else HfDeepSpeedConfig(config)  # noqa: F841 - lives as long as this function
-    model = load_model(args.pretrained, torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32)
+    dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+    model = load_model(args.pretrained, dtype, args.attention)
+    grow_vocabulary(model, tokenizer)  # for tokens that were added to it
     if args.freeze:
         freeze(model, args.freeze)
     if args.recompute:
@@ -111,12 +119,28 @@ def build_engine(args: argparse.Namespace) -> deepspeed.DeepSpeedEngine:
     return engine
 
 
+def micro_batches(args: argparse.Namespace, engine: deepspeed.DeepSpeedEngine, items: list, pad: int) -> Iterator[dict]:
+    """This rank's micro-batches, for ever: a sample a row, or packed. Collective: it looks whether borders hold."""
+    size = engine.train_micro_batch_size_per_gpu()
+    if not args.packing:
+        return (collate([items[i] for i in chosen], pad) for chosen in endless_order(items, size, args.seed))
+    flat = (args.attention or "").startswith("flash")
+    first = next(packed_batches(items, size, args.max_length, pad, args.seed, flat))
+    seen, places = seen_across_borders(engine, to_device(first, engine.device)), first["input_ids"].numel()
+    print0(
+        f"packing | {size} rows of {args.max_length} tokens a rank | {samples_of(first)} samples and"
+        f" {1 - tokens_of(first) / places:.1%} padding in the first of them | seen across borders: {seen:.0e}"
+    )
+    if seen > 1e-3:
+        raise UserError("--packing: with this model and --attention the samples of a row see each other, leave one out")
+    return packed_batches(items, size, args.max_length, pad, args.seed, flat)
+
+
 @torch.no_grad()
-def show_answers(engine: deepspeed.DeepSpeedEngine, tokenizer, new_tokens: int) -> None:
-    """Print answers to QUESTIONS, in one batch. Collective: at stage 3 each forward pass gathers every layer."""
+def show_answers(engine: deepspeed.DeepSpeedEngine, tokenizer, questions: list, new_tokens: int) -> None:
+    """Print answers to `questions`, in one batch. Collective: at stage 3 each forward pass gathers every layer."""
     model = engine.module
-    asked = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in asked]
+    texts = [tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) for turns in questions]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     length = batch["input_ids"].shape[1]
     model.eval()
@@ -127,8 +151,9 @@ def show_answers(engine: deepspeed.DeepSpeedEngine, tokenizer, new_tokens: int) 
         synced_gpus=engine.zero_optimization_stage() == 3,
     )  # fmt: skip
     model.train()
-    for question, ids in zip(QUESTIONS, out, strict=True):
-        print0(f"{question} -> {tokenizer.decode(ids[length:], skip_special_tokens=True).strip()!r}")
+    for turns, ids in zip(questions, out, strict=True):
+        asked, answer = turns[-1].get("content", ""), tokenizer.decode(ids[length:], skip_special_tokens=True)
+        print0(f"{' '.join(asked.split())} -> {answer.strip()!r}")
 
 
 def save(engine: deepspeed.DeepSpeedEngine, tokenizer, folder: Path) -> None:
@@ -157,18 +182,19 @@ def main() -> None:
     deepspeed.init_distributed()
     tokenizer = load_tokenizer(args.pretrained)
     train_items, held_out_items = load_chat(args.dataset, tokenizer, args.max_length, args.too_long)
-    engine = build_engine(args)
+    given = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    questions = questions_of(args.questions) if args.questions else given
+    engine = build_engine(args, tokenizer)
     device, pad = engine.device, tokenizer.pad_token_id
 
     chats = args.new_tokens > 0 and tokenizer.chat_template is not None
     if chats:
-        show_answers(engine, tokenizer, args.new_tokens)
+        show_answers(engine, tokenizer, questions, args.new_tokens)
     log = RunLog(args.run_dir, args.steps, args.log_every, device)
     log.held_out(0, before := held_out_loss(engine, held_out_items, pad, device))
-    micro_batch, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
-    order = endless_order(train_items, micro_batch, args.seed)
+    stream, accumulation = micro_batches(args, engine, train_items, pad), engine.gradient_accumulation_steps()
     for step in range(1, args.steps + 1):
-        batches = [collate([train_items[i] for i in next(order)], pad) for _ in range(accumulation)]
+        batches = [next(stream) for _ in range(accumulation)]
         # (2) Every answer token of the step counts the same, whichever micro-batch or rank it lies in. The engine takes
         # the mean over micro-batches and ranks, so each loss is a sum divided by the mean number of tokens of them.
         count = over_ranks(sum(map(answers, batches)), device, "mean") / accumulation
@@ -178,12 +204,12 @@ def main() -> None:
             engine.backward(loss)
             engine.step()
             local_loss += loss.detach() / accumulation
-        log.step(step, local_loss, tokens=sum(int(batch["attention_mask"].sum()) for batch in batches))
+        log.step(step, local_loss, tokens=sum(map(tokens_of, batches)))
     log.held_out(args.steps, after := held_out_loss(engine, held_out_items, pad, device))
     log.close()
     print0(f"held-out perplexity {exp(before):.2f} -> {exp(after):.2f}, {before - after:+.4f} nats a token gained")
     if chats:
-        show_answers(engine, tokenizer, args.new_tokens)
+        show_answers(engine, tokenizer, questions, args.new_tokens)
     save(engine, tokenizer, Path(args.run_dir) / "model")  # (3)
     print0(f"saved: {show_path(args.run_dir)}/model, for AutoModelForCausalLM.from_pretrained")
     dist.destroy_process_group()

@@ -19,7 +19,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
@@ -29,7 +29,8 @@ from common.errors import clear_errors
 from common.ranks import print0, require_launcher
 from common.run_log import RunLog, default_run_dir, show_path
 from config.read import read_config
-from day22.chat_data import collate, endless_order, held_out_loss, load_chat
+from day22.bridge import Log, OurTrainer, SameBatches, show_filled
+from day22.chat_data import held_out_loss, load_chat
 from day22.pretrained import load_model, load_tokenizer
 
 
@@ -54,49 +55,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class SameBatches(torch.utils.data.IterableDataset):
-    """The micro-batches of train.py, in its order; the Trainer's own sampler would choose others."""
-
-    def __init__(self, items: list, micro_batch: int, seed: int, pad: int) -> None:
-        self.items, self.order, self.tokens = items, (micro_batch, seed), 0
-        self.collate = partial(collate, pad_token_id=pad)
-
-    def __iter__(self):
-        for positions in endless_order(self.items, *self.order):
-            batch = self.collate([self.items[i] for i in positions])
-            self.tokens += int(batch["attention_mask"].sum())
-            yield batch
-
-
-class OurTrainer(Trainer):
-    def get_train_dataloader(self):
-        return self.train_dataset  # batches already, each rank its own: accelerate has nothing left to split
-
-
-class Log(TrainerCallback):
-    """The Trainer's log rows as this course's log lines. The loss is that of all ranks, as in train.py."""
-
-    def __init__(self, run_log: RunLog, batches: SameBatches, evaluate) -> None:
-        self.run_log, self.batches, self.evaluate = run_log, batches, evaluate
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        self.run_log.held_out(0, self.evaluate(model))  # not earlier: until the engine exists, no layer is gathered
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if "loss" in logs:
-            tokens, self.batches.tokens = self.batches.tokens, 0
-            self.run_log.step(state.global_step, logs["loss"], tokens)
-
-
-def show_filled(before: dict, after: dict, path: str = "") -> None:
-    """Print each key that was "auto" with the value that the Trainer filled in."""
-    for key, value in before.items():
-        if isinstance(value, dict):
-            show_filled(value, after[key], f"{path}{key}.")
-        elif value == "auto":
-            print0(f"auto: {path}{key} = {after[key]}")
-
-
 def main() -> None:
     args = parse_args()
     require_launcher()
@@ -119,9 +77,8 @@ def main() -> None:
     log = RunLog(args.run_dir, args.steps, 1, arguments.device)
     pad, device = tokenizer.pad_token_id, arguments.device
     evaluate = partial(held_out_loss, items=held_out_items, pad_token_id=pad, device=device)
-    trainer = OurTrainer(
-        model, arguments, processing_class=tokenizer, train_dataset=batches, callbacks=[Log(log, batches, evaluate)]
-    )
+    callbacks = [Log(log, batches.tokens_since, evaluate)]
+    trainer = OurTrainer(model, arguments, processing_class=tokenizer, train_dataset=batches, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     show_filled(config, trainer.accelerator.deepspeed_plugin.deepspeed_config)

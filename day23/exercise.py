@@ -35,22 +35,28 @@ class LoraLinear(nn.Module):
         self.base, self.r, self.alpha = base, r, alpha
         # TODO 1: freeze the base; make self.A (nn.init.kaiming_uniform_(A, a=math.sqrt(5)), as nn.Linear is) and self.B
         # so that the layer starts as the base alone.
+        # 冻结基座；建 self.A（nn.init.kaiming_uniform_(A, a=math.sqrt(5))，与 nn.Linear 一样）和 self.B，使这一层开始
+        # 时等同于基座。
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The base's output plus the bypass. Never build the d_out x d_in matrix B A."""
         # TODO 2: nn.functional.linear(x, weight) is x @ weight.T
+        # 基座的输出加上旁路；不要构造 d_out x d_in 的矩阵 B A。nn.functional.linear(x, weight) 就是 x @ weight.T。
         raise NotImplementedError
 
     def merged(self) -> nn.Linear:
         """One ordinary layer that computes the same; the base stays as it is."""
         # TODO 3: changing a weight in place needs torch.no_grad().
+        # 返回一个计算结果相同的普通层；基座保持不变。就地修改权重需要 torch.no_grad()。
         raise NotImplementedError
 
 
 def largest_rank(shapes: list[tuple[int, int]], total: int, share: float) -> int:
     """The largest r with which at most `share` of all parameters, adapters included, are trained."""
     # TODO 4: a matrix of d_in x d_out costs r (d_in + d_out); all = total + what is trained.
+    # 返回最大的 r，使训练的参数至多占全部参数（含适配器）的 share。d_in x d_out 的矩阵要花 r (d_in + d_out)；全部 =
+    # total + 训练的。
     raise NotImplementedError
 
 

@@ -21,9 +21,13 @@ from day22.pretrained import locate, vocabulary_of
 
 
 def add_lora(
-    base: PreTrainedModel, rank: int, alpha: float, dropout: float = 0.0, targets=("all-linear",)
+    base: PreTrainedModel, rank: int, alpha: float, dropout: float = 0.0, targets=("all-linear",), **more: object
 ) -> PeftModel:
-    """Freeze `base` and put y += alpha / r * B A x beside each target matrix. Seed first: A is drawn, B is zero."""
+    """Freeze `base` and put y += alpha / r * B A x beside each target matrix. Seed first: A is drawn, B is zero.
+
+    `more` goes to peft's LoraConfig: use_rslora, use_dora, modules_to_save. Of tied weights peft would train a copy at
+    one end alone, so they are kept tied.
+    """
     if rank < 1:
         raise UserError(f"--lora_rank {rank}: a bypass has at least rank 1")
     if alpha <= 0:
@@ -42,6 +46,8 @@ def add_lora(
         target_modules="all-linear" if "all-linear" in targets else list(targets),  # all but the output layer
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in base.modules()),  # GPT-2 keeps its matrices transposed
         task_type="CAUSAL_LM",
+        ensure_weight_tying=bool(more.get("modules_to_save")) and base.config.tie_word_embeddings,
+        **more,
     )
     return get_peft_model(base, config)
 
@@ -88,13 +94,15 @@ def save_adapter(model: PeftModel, base_name: str, folder: str | Path) -> None:
     At stage 3 every parameter is empty outside of its own forward pass: gathered first, or the file has shapes [0].
     Where tokens were added to the base its embedding is saved as well: nobody else has the new rows.
     """
-    kept = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    everything = list(model.named_parameters(remove_duplicate=False))  # peft asks for tied weights by both names
+    kept = {name: p for name, p in everything if p.requires_grad}
     new_rows = model.get_input_embeddings().weight
     resized = model.config.get_text_config().vocab_size != vocabulary_of(base_name) and not new_rows.requires_grad
     if resized:  # and not trained, or it is among the trained ones anyway
         frozen = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
         kept |= {name: p for name, p in model.named_parameters() if id(p) in frozen}
-    with deepspeed.zero.GatheredParameters(list(kept.values())):  # before stage 3 this does nothing
+    once = list({id(parameter): parameter for parameter in kept.values()}.values())
+    with deepspeed.zero.GatheredParameters(once):  # before stage 3 this does nothing
         weights = {name: parameter.detach().cpu().clone() for name, parameter in kept.items()}
     if dist.get_rank() == 0:
         model.peft_config["default"].base_model_name_or_path = base_name

@@ -25,12 +25,16 @@ def split_of(text: str, held_out_share: float) -> str:
     """Return "held_out" for `held_out_share` of all texts, else "train", whatever other texts there are."""
     # TODO 1: no random numbers, and not Python's hash() of a string, which differs from process to process: hashlib.
     # The first 8 bytes of a SHA-256, read as a number, are spread evenly from 0 to 2**64.
+    # 对 held_out_share 的文本返回 "held_out"，其余返回 "train"，与有没有别的文本无关。不用随机数，也不用 Python 对字
+    # 符串的 hash()，它每个进程都不同：用 hashlib。SHA-256 的前 8 个字节读成一个数，均匀分布在 0 到 2**64。
     raise NotImplementedError
 
 
 def bits_per_byte(total_nats: float, text: str) -> float:
     """Bits a byte of `text`, on whose tokens the model lost `total_nats` (natural logarithm) in all."""
     # TODO 2: bytes are those of UTF-8, not characters; a bit is ln 2 nats.
+    # text 的每字节比特数；模型在它的 token 上总共损失 total_nats（自然对数）。字节是 UTF-8 的字节，不是字符；一比特是
+    # ln 2 nats。
     raise NotImplementedError
 
 
@@ -40,6 +44,8 @@ def problem_with(folder: Path, manifest: dict[str, dict]) -> str | None:
     `manifest` is {file name: {"bytes": size, "sha256": hexadecimal}}. A file may be missing, short, or changed.
     """
     # TODO 3: the size is looked at first, because it costs nothing.
+    # 返回一句话，说出第一个（按名字排序）与 manifest 不符的文件；都相符返回 None。manifest 是 {文件名: {"bytes": 大小
+    # , "sha256": 十六进制}}。文件可能缺失、变短或被改动。先看大小，因为这不费什么。
     raise NotImplementedError
 
 

@@ -13,7 +13,6 @@ Checked with deepspeed 0.19.8. Source: capstone/ (each module says which day it 
 import argparse
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -26,10 +25,12 @@ sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the scr
 
 from capstone.config import Config, add_base_flags, as_yaml, deepspeed_section, resolve
 from capstone.data import load_blocks, train_batches
-from capstone.evaluate import evaluate_run, print_report
-from capstone.prepare import prepare
+from capstone.evaluate import evaluate_run, held_out_loss, print_report
+from capstone.model import save_model
+from capstone.prepare import checked, make_shards
+from capstone.ranks import from_rank_0
 from common.cpu import start_without_compiler
-from common.data import held_out_loss, load_tokenizer, to_device
+from common.data import load_tokenizer, to_device
 from common.errors import UserError, clear_errors
 from common.model import build_model, get_preset
 from common.ranks import print0, require_launcher
@@ -47,7 +48,8 @@ def parse_args() -> argparse.Namespace:
 def train(config: Config, tokenizer, facts: dict) -> None:
     """Train from fresh weights and save the model with `facts` beside it. Collective."""
     block_size, settings = get_preset(config.model.preset).block_size, config.train
-    blocks, held_out = (load_blocks(config, split, block_size, verify=True) for split in ("train", "held_out"))
+    blocks = load_blocks(config, "train", block_size, verify=True)  # all shards, those of the held-out part too
+    held_out = load_blocks(config, "held_out", block_size)
     torch.manual_seed(settings.seed)  # the same on every rank, so every rank builds the same weights
     model = build_model(config.model.preset, len(tokenizer), tokenizer.eos_token_id)
     section = deepspeed_section(config, torch.distributed.get_world_size())  # the same batch on any number of ranks
@@ -65,17 +67,9 @@ def train(config: Config, tokenizer, facts: dict) -> None:
             local_loss += loss.detach() / accumulation
         log.step(step, local_loss, tokens=accumulation * batch["input_ids"].numel())
         if step % settings.eval_every == 0 or step == settings.steps:
-            log.held_out(step, held_out_loss(engine, held_out, engine.device, max_blocks=64))
+            log.held_out(step, held_out_loss(engine, held_out, engine.device))
     log.close()
-    with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):  # whole, under ZeRO-3 too
-        if engine.global_rank == 0:
-            final = config.run_path / "model"
-            partial = final.with_name("partial_model")
-            shutil.rmtree(partial, ignore_errors=True)
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-            write_whole(partial / "training.json", json.dumps(facts, indent=2))
-            partial.rename(final)
+    save_model(config, engine, tokenizer, facts)
     engine.destroy()
 
 
@@ -86,9 +80,10 @@ def main() -> None:
     config = resolve(args)
     if config.model.code != "transformers" or config.train.recompute:
         raise UserError("this program trains transformers' GPT-2 as it is: model.code and train.recompute are day 26's")
-    manifest = prepare(config)  # before the ranks connect: no collective waits while one process works
+    made = make_shards(config)  # before the ranks connect: no collective waits while one process works
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed()
+    manifest = checked(config, made)
     model_dir, tokenizer = config.run_path / "model", load_tokenizer(config.tokenizer.name)
     if torch.distributed.get_rank() == 0:
         write_whole(config.run_path / "config.yaml", as_yaml(config))
@@ -96,7 +91,7 @@ def main() -> None:
     # What the weights depend on, the number of ranks too: gradients are added up in another order.
     facts = {"data": manifest["fingerprint"], "model": config.model.model_dump(), "train": config.train.model_dump()}
     facts |= {"deepspeed": config.deepspeed, "ranks": torch.distributed.get_world_size()}
-    if not model_dir.exists():
+    if not from_rank_0(model_dir.exists):
         train(config, tokenizer, facts)
     else:
         before = json.loads((model_dir / "training.json").read_text())

@@ -26,6 +26,8 @@ def share_out(global_batch: int, largest_micro: int, ranks: int) -> tuple[int, i
     The micro-batch is as large as it can be, and never larger than `largest_micro`, which is what fits in memory.
     """
     # TODO 1: global batch = micro-batch x accumulation x ranks, all of them whole numbers.
+    # 返回在 ranks 个 rank 上凑成 global_batch 的（micro-batch，累积步数），凑不成返回 None。micro-batch 尽量大，但不
+    # 超过 largest_micro（内存放得下的）。全局批次 = micro-batch x 累积步数 x rank 数，都是整数。
     raise NotImplementedError
 
 
@@ -36,6 +38,9 @@ def sequences(step: int, rank: int, ranks: int, micro: int, accumulation: int) -
     order. What a step reads, all ranks together, must not depend on the number of ranks.
     """
     # TODO 2: first how many sequences came before this step, then this rank's part of each round.
+    # 返回 rank 在第 step 个优化器步读的序列编号；步从 1 开始，编号从 0 开始。一步取接下来一个全局批次的连续编号；每一
+    # 轮 micro-batch 按顺序分给各 rank。一步里所有 rank 读的合起来，不能随 rank 数变化。先算这一步之前有多少序列，再算
+    # 每一轮里属于这个 rank 的部分。
     raise NotImplementedError
 
 
@@ -45,6 +50,8 @@ def exposition(metrics: dict[str, float | None], rank: int) -> str:
     None is a value that nobody knows yet; a loss that is not a number is known, and an alert waits for it.
     """
     # TODO 3: leave out None alone; end each line with a newline, the last one as well.
+    # 返回 metrics 端点的页面：每个已知的值一行 `name{rank="0"} value`。None 是还没人知道的值；不是数的损失是已知的，
+    # 有告警等着它。只略去 None；每行以换行结尾，最后一行也一样。
     raise NotImplementedError
 
 

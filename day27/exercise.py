@@ -23,6 +23,8 @@ NAN = float("nan")
 def is_wrong(loss: float, last_hour: list[float]) -> str | None:
     """Return "nan" for a loss that is NaN, "diverging" for one over 1.2 times the least of `last_hour`, else None."""
     # TODO 1: comparisons with NaN are false, and `last_hour` may hold some: min() of a list with NaN is anything.
+    # 损失是 NaN 返回 "nan"，超过 last_hour 中最小值的 1.2 倍返回 "diverging"，否则返回 None。与 NaN 比较总是假，而
+    # last_hour 里可能有 NaN：含 NaN 的列表的 min() 什么都可能。
     raise NotImplementedError
 
 
@@ -33,6 +35,8 @@ def first_firing(is_true: list[bool], for_evaluations: int) -> int | None:
     true without a break for `for_evaluations` evaluations before this one: 0 means at once.
     """
     # TODO 2: one false evaluation, and the waiting starts anew.
+    # 返回带 `for:` 的告警在第几次评估（从 0 数）触发，不触发返回 None。is_true 是每次评估时表达式的结果。在此之前表达
+    # 式已连续 for_evaluations 次为真的第一次触发：0 表示立即。有一次为假，就重新等起。
     raise NotImplementedError
 
 
@@ -42,6 +46,8 @@ def fastest(trials: list[dict]) -> str | None:
     A trial is {"settings": "...", "status": "ok" or what went wrong, "tokens_per_s": ...}, the last one only when ok.
     """
     # TODO 3: the median, not the best: one lucky trial wins otherwise.
+    # 返回正常结束的试跑中 tokens/s 中位数最高的设置；没有则返回 None。一次试跑是 {"settings": "...", "status": "ok"
+    # 或出错原因, "tokens_per_s": ...}，最后一项只在 ok 时有。取中位数而不取最好的一次：否则一次走运的试跑就赢了。
     raise NotImplementedError
 
 

@@ -16,7 +16,6 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 
@@ -26,19 +25,27 @@ from common.errors import UserError
 EXPECTED = {
     "nan": "LossNaN",  # a weight turns NaN
     "diverge": "LossDiverging",  # the learning rate is 3 from now on
+    "steep": "GradNormHigh",  # gradients are a hundred times as large, as a bad part of the data makes them
     "slow": "ThroughputDrop",  # every batch comes a second late
     "stall": "StepStalled",  # the last rank sleeps
-    "memory": "MemoryNearLimit",  # the last rank takes more and more memory, until it holds 97 % of its limit
+    "memory": "MemoryGrowing",  # the last rank takes more and more memory, until it holds 97 % of its limit
     "overflow": "OverflowStreak",  # gradients are infinite at every step
     "no_checkpoint": "CheckpointTooOld",  # nothing is saved any more
     "kill": "RankLost",  # the last rank gets SIGKILL
+    "crash": "CrashLoop",  # the same, and whoever supervises the run starts it again, each time it ends
+    "stop": "RunAbsent",  # SIGTERM, which saves and ends well, and nobody starts it again
 }
+# AllocatorRetries wants a GPU, LowGoodput two hours: rules_test.yml alone shows that these two fire.
 # What a fault may set off besides, and rightly: ZeRO-1 to 3 skip steps with NaN gradients, in fp32 too.
 # (A diverging model trained at a quarter of its speed on an Intel CPU: subnormal numbers, it seems.)
-FOLLOWS = {"nan": {"OverflowStreak"}, "diverge": {"LossNaN", "OverflowStreak", "ThroughputDrop"}}
+FOLLOWS = {
+    "nan": {"OverflowStreak"},
+    "diverge": {"LossNaN", "GradNormHigh", "OverflowStreak", "ThroughputDrop"},
+    "crash": {"RankLost", "LowGoodput"},
+}
 NUMBER = r"(\d+(?:\.\d+)?)"
 SPEC = re.compile(rf"({'|'.join(EXPECTED)})@{NUMBER}(?:-{NUMBER})?")
-LEARNING_RATE, LATE_S, GROWTH_BYTES = 3.0, 1.0, 2**28
+LEARNING_RATE, LATE_S, GROWTH_BYTES, STEEP = 3.0, 1.0, 2**28, 100.0
 
 
 def read_faults(specs: list[str]) -> dict[str, tuple[float, float]]:
@@ -62,14 +69,14 @@ class Faults:
 
     def __init__(self, times: dict[str, tuple[float, float]], run_dir: Path, memory_limit: float) -> None:
         self.times, self.memory_limit = times, memory_limit
-        self.path, self.first, self.begun, self.ballast, self.hook = run_dir / "faults.jsonl", None, set(), [], None
+        self.path, self.first, self.begun, self.ballast, self.hooked = run_dir / "faults.jsonl", None, set(), [], set()
 
     def __call__(self, step: int, engine, batch: dict) -> None:
         self.first = self.first or time.monotonic()
         for name in filter(self.is_on, self.times):
             if name not in self.begun:
                 self.begun.add(name)
-                if engine.global_rank == 0:
+                if self.is_victim(engine):  # a stall may begin there while rank 0 waits for it already
                     with open(self.path, "a", encoding="utf-8") as file:
                         file.write(json.dumps({"fault": name, "step": step, "time": time.time()}) + "\n")
             getattr(self, name)(engine, self.times[name][1] - (time.monotonic() - self.first))
@@ -94,15 +101,22 @@ class Faults:
             time.sleep(min(left_s, 3600))  # the others wait for it in the next collective
 
     def memory(self, engine, left_s: float) -> None:
-        on_cpu = engine.device.type == "cpu"
-        held = psutil.Process().memory_info().rss if on_cpu else get_accelerator().memory_reserved()
-        if self.is_victim(engine) and held < 0.97 * self.memory_limit:
+        if self.is_victim(engine) and get_accelerator().memory_allocated() < 0.97 * self.memory_limit:
             self.ballast.append(torch.ones(GROWTH_BYTES // 4, device=engine.device))
 
     def overflow(self, engine, left_s: float) -> None:
-        if self.hook is None:  # weights and loss stay what they are: ZeRO-1 to 3 skip such a step, in every precision
+        """Weights and loss stay what they are: ZeRO-1 to 3 skip such a step, in every precision."""
+        self.scale_gradients(engine, "overflow", math.inf)
+
+    def steep(self, engine, left_s: float) -> None:
+        """Clipping to norm 1 makes a step of the usual length of it, so that the loss says nothing."""
+        self.scale_gradients(engine, "steep", STEEP)
+
+    def scale_gradients(self, engine, name: str, factor: float) -> None:
+        if name not in self.hooked:
+            self.hooked.add(name)
             weight = next(engine.module.parameters())
-            self.hook = weight.register_hook(lambda grad: grad * (math.inf if self.is_on("overflow") else 1))
+            weight.register_hook(lambda grad: grad * (factor if self.is_on(name) else 1))
 
     def no_checkpoint(self, engine, left_s: float) -> None:
         """Nothing to do here: day27/train.py sets the interval."""
@@ -110,6 +124,12 @@ class Faults:
     def kill(self, engine, left_s: float) -> None:
         if self.is_victim(engine):
             os.kill(os.getpid(), signal.SIGKILL)
+
+    crash = kill  # labs/watch.py starts the run again
+
+    def stop(self, engine, left_s: float) -> None:
+        if self.is_victim(engine):
+            os.kill(os.getpid(), signal.SIGTERM)
 
     @staticmethod
     def is_victim(engine) -> bool:

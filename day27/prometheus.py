@@ -49,20 +49,23 @@ def faster(duration: str, speedup: float) -> str:
 
 
 def scale_rules(rules: dict, speedup: float) -> dict:
-    """The rules with `for`, `within`, the ranges in [] and the ages that `time() - ...` is compared with divided.
+    """The rules with every duration divided: `for`, `within`, those of an expression and its bare seconds (300, 1800).
 
-    Prometheus passes on that targets are gone every 5 s at most, whatever the clock: `up` waits at least UNLISTED_S.
+    Prometheus passes on a new list of targets every 5 s at most, whatever the clock: what hangs on it gets UNLISTED_S.
     """
     for rule in (rule for group in rules["groups"] for rule in group["rules"]):
-        within = seconds(rule["annotations"]["within"]) / speedup
+        within, longer = seconds(rule["annotations"]["within"]) / speedup, 0
+        if re.search(r"\bup\{|training_starts", rule["expr"]):
+            longer = UNLISTED_S
         if "for" in rule:
             waits = seconds(rule["for"]) / speedup
-            longer = max(waits, UNLISTED_S) - waits if rule["expr"].startswith("up") else 0
-            rule["for"], within = f"{round(1000 * (waits + longer))}ms", within + longer
-        rule["annotations"]["within"] = f"{round(1000 * within)}ms"
-        rule["expr"] = re.sub(r"\[(\w+)\]", lambda range_: f"[{faster(range_[1], speedup)}]", rule["expr"])
-        if rule["expr"].startswith("time()"):
-            rule["expr"] = re.sub(r"> (\d+)$", lambda age: f"> {int(age[1]) / speedup}", rule["expr"])
+            rule["for"] = f"{round(1000 * max(waits, longer))}ms"
+        rule["annotations"]["within"] = f"{round(1000 * (within + longer))}ms"
+        rule["expr"] = re.sub(
+            r"\b(\d+(?:ms|s|m|h|d))\b|\b(\d{3,})\b",
+            lambda found: faster(found[1], speedup) if found[1] else f"{int(found[2]) / speedup}",
+            rule["expr"],
+        )
     return rules
 
 

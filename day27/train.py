@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser.set_defaults(steps=150, log_every=25, seed=0, run_dir=default_run_dir("day27"))
     parser.add_argument("--port", type=int, default=9400, help="rank r serves its metrics at port + r")
     parser.add_argument("--fault", nargs="+", default=[], metavar="NAME@SECONDS", help="of day27/faults.py")
-    parser.add_argument("--limit_gib", type=float, default=1.5, help="memory limit of a rank that the metrics report")
+    parser.add_argument("--limit_gib", type=float, default=2.0, help="memory limit of a rank that the metrics report")
     return parser.parse_intermixed_args()  # flags and overrides in any order
 
 
@@ -45,7 +45,7 @@ def what_watching_needs(args: argparse.Namespace) -> dict[str, object]:
     faults = read_faults(args.fault)
     if "no_checkpoint" in faults:
         values["checkpoint.save_every"] = 10**9
-    if faults.keys() & {"nan", "diverge"}:
+    if faults.keys() & {"nan", "diverge", "overflow"}:
         values["checkpoint.stop_at_nan"] = False  # or the run would end before anybody has seen the number
     return values
 

@@ -30,18 +30,24 @@ def status_of(key: str, requests_left: int, body: bytes, in_flight: int) -> int:
     """
     # TODO 1: in the order of the notes: who, how often, how large, is it JSON, does it say what it must, is there room.
     # A stranger must learn nothing but 401; what is malformed must not cost a place among those being answered.
+    # 返回一个请求的状态码：200、400、401、413、422、429 或 503。requests_left 是这个 key 本分钟还剩的次数，in_flight
+    # 是正在回答的个数；合格的正文是 JSON 对象，带一个文本 "prompt"。按笔记里的顺序：是谁，多频繁，多大，是不是 JSON，
+    # 内容对不对，还有没有位置。陌生人只应得到 401；格式错误的不能占用回答的位置。
     raise NotImplementedError
 
 
 def percentile(values: list[float], share: float) -> float:
     """Return the smallest value that at least `share` of all values do not exceed (nearest rank)."""
     # TODO 2: sort; the rank is share x number, rounded up, at least 1. No interpolation: a p99 was really measured.
+    # 返回满足“至少 share 的值不超过它”的最小的值（最近秩）。排序；秩是 share x 个数，向上取整，至少为 1。不做插值：
+    # p99 要是真正测到的值。
     raise NotImplementedError
 
 
 def cost_of_a_million(tokens_per_s: float, price_per_hour: float, utilisation: float) -> float:
     """Return what a million tokens of answers cost on machines that are asked for `utilisation` of what they could."""
     # TODO 3: how many tokens does an hour really bring?
+    # 机器的负载是其能力的 utilisation 时，一百万个回答 token 要多少钱。一小时实际产出多少 token？
     raise NotImplementedError
 
 

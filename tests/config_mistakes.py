@@ -6,7 +6,7 @@ A mistake says which finding check.py must report, and what DeepSpeed 0.19.8 rea
   Raises(text)             initialize() raises, and the error holds this text
   Raises(text, "step")     initialize() accepts it, the first training step raises
   Gives(expression=value)  nothing is raised; afterwards the engine `e` has this value
-  Source(file)             cannot be run on CPU; the file in DeepSpeed that says so
+  Source(file)             cannot be run on CPU, or is done by a framework; the file that says so
 test_config_check.py compares both columns, the second by really running it.
 """
 
@@ -41,7 +41,7 @@ class Mistake:
     config: object  # a dict, or the text of the file
     finding: tuple  # (level, path, a part of the message or the fix)
     really: object
-    check: dict = field(default_factory=dict)  # arguments of check(): hf, world_size
+    check: dict = field(default_factory=dict)  # arguments of check(): mode, world_size
 
 
 @dataclass
@@ -53,9 +53,13 @@ class Valid:
     check: dict = field(default_factory=dict)
 
 
+PLAIN, HF = {"mode": "deepspeed"}, {"mode": "hf"}
 ADAMW = {"type": "AdamW", "params": {"lr": 0.001, "torch_adam": True}}  # torch_adam: nothing to compile on CPU
 
 OFFLOAD = {"device": "cpu", "pin_memory": True}
+LIGHTNING = "lightning/pytorch/strategies/deepspeed.py"
+AUTO_BATCH = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
+              "gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}  # fmt: skip
 
 
 def cfg(**changes):
@@ -208,14 +212,14 @@ MISTAKES = [
       ("error", "tensorboard", "null"), Raises("Input should be a valid dictionary")),
     M("batch as a string", cfg(train_batch_size="2"), ("error", "train_batch_size", "integer"),
       Raises("unsupported operand type")),
-    M("batch auto", cfg(train_batch_size="auto"), ("error", "train_batch_size", "--hf"),
-      Raises("unsupported operand type")),
+    M("batch auto", cfg(train_batch_size="auto"), ("error", "train_batch_size", "--for trainer"),
+      Raises("unsupported operand type"), PLAIN),
     M("accumulation 2.5", {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2.5, "optimizer": ADAMW},
       ("error", "gradient_accumulation_steps", "fraction"), Gives({"e.train_batch_size()": "5.0"})),
     M("clipping as a string", cfg(gradient_clipping="1.0"), ("error", "gradient_clipping", "number"),
       Raises("'>' not supported", "step")),
-    M("clipping auto", cfg(gradient_clipping="auto"), ("error", "gradient_clipping", "--hf"),
-      Raises("'>' not supported", "step")),
+    M("clipping auto", cfg(gradient_clipping="auto"), ("error", "gradient_clipping", "--for trainer"),
+      Raises("'>' not supported", "step"), PLAIN),
     M("clipping null", text()[:-1].replace('"gradient_clipping": 1.0', '"gradient_clipping": null') + "}",
       ("error", "gradient_clipping", "null"), Raises("'>' not supported", "step")),
     M("wall_clock_breakdown as a string", cfg(wall_clock_breakdown="false"), ("error", "wall_clock_breakdown", "true"),
@@ -293,7 +297,12 @@ MISTAKES = [
       Raises("Failed to import lower precision safe module")),
     # --- batch arithmetic ---
     M("no batch size", cfg(train_batch_size=None), ("error", "train_micro_batch_size_per_gpu", "No batch size"),
+      Raises("Either train_batch_size or train_micro_batch_size_per_gpu"), PLAIN),
+    M("no batch size, perhaps Lightning's", cfg(train_batch_size=None),
+      ("warning", "train_micro_batch_size_per_gpu", "Lightning"),
       Raises("Either train_batch_size or train_micro_batch_size_per_gpu")),
+    M("three batch numbers", cfg(train_batch_size=16, train_micro_batch_size_per_gpu=4, gradient_accumulation_steps=2),
+      ("note", "train_batch_size", "exactly 2 ranks"), Raises("16 != 4 * 2 * 1")),
     M("batch numbers disagree", cfg(train_batch_size=16, train_micro_batch_size_per_gpu=4,
                                     gradient_accumulation_steps=2),
       ("error", "train_batch_size", "16 != "), Raises("16 != 4 * 2 * 1"), {"world_size": 1}),
@@ -307,29 +316,56 @@ MISTAKES = [
       ("error", "tensor_parallel.autotp_size", "does not divide"), Raises("AssertionError"), {"world_size": 1}),
     # --- "auto" without Hugging Face ---
     M("stage auto", cfg(zero_optimization={"stage": "auto"}), ("error", "zero_optimization.stage", "default, 0"),
-      Gives({STAGE: "0"})),
+      Gives({STAGE: "0"}), PLAIN),
     M("bf16 auto", cfg(bf16={"enabled": "auto"}, **zero(1)), ("error", "bf16.enabled", "default, false"),
-      Gives({"e.bfloat16_enabled()": "False"})),
+      Gives({"e.bfloat16_enabled()": "False"}), PLAIN),
     M("bucket auto", cfg(**zero(1, reduce_bucket_size="auto")),
       ("warning", "zero_optimization.reduce_bucket_size", "500000000"),
-      Gives({"e.zero_reduce_bucket_size()": "500000000"})),
-    M("lr auto", cfg(**adamw(lr="auto")), ("error", "optimizer.params.lr", "--hf"), Raises("'<=' not supported")),
+      Gives({"e.zero_reduce_bucket_size()": "500000000"}), PLAIN),
+    M("lr auto", cfg(**adamw(lr="auto")), ("error", "optimizer.params.lr", "--for trainer"),
+      Raises("'<=' not supported"), PLAIN),
     M("total_num_steps auto", cfg(**sched("WarmupDecayLR", total_num_steps="auto", warmup_max_lr=0.001)),
-      ("error", "scheduler.params.total_num_steps", "--hf"), Raises("'<' not supported")),
+      ("error", "scheduler.params.total_num_steps", "--for trainer"), Raises("'<' not supported"), PLAIN),
     M("steps_per_print auto", cfg(steps_per_print="auto"), ("error", "steps_per_print", "crashes"),
       Raises("unsupported operand type(s) for %", "step")),
     # --- Hugging Face ---
     M("hf: nobody fills allgather_bucket_size", cfg(**zero(2, allgather_bucket_size="auto")),
-      ("error", "zero_optimization.allgather_bucket_size", "Nobody"), Raises("not found in kwargs"), {"hf": True}),
+      ("error", "zero_optimization.allgather_bucket_size", "Nobody"), Raises("not found in kwargs"), {"mode": "hf"}),
     M("hf: nobody fills zenflow", cfg(**zero(2, zenflow={"select_strategy": "auto"}, offload_optimizer={
         "device": "cpu", "pin_memory": True})),
-      ("error", "zero_optimization.zenflow.select_strategy", "Nobody"), Raises("not found in kwargs"), {"hf": True}),
+      ("error", "zero_optimization.zenflow.select_strategy", "Nobody"), Raises("not found in kwargs"), {"mode": "hf"}),
     M("hf: nobody fills wall_clock_breakdown", cfg(**zero(1), wall_clock_breakdown="auto"),
-      ("error", "wall_clock_breakdown", "Nobody"), Raises("not found in kwargs"), {"hf": True}),
+      ("error", "wall_clock_breakdown", "Nobody"), Raises("not found in kwargs"), {"mode": "hf"}),
     M("hf: comments", text(**zero(1))[:-1] + "\n // mine\n}", ("error", "", "json.load"), Raises("Expecting"),
-      {"hf": True}),
+      {"mode": "hf"}),
     M("hf: no zero_optimization", cfg(), ("error", "zero_optimization", "Accelerate raises"),
-      Raises("Please specify the ZeRO optimization config"), {"hf": True}),
+      Raises("Please specify the ZeRO optimization config"), {"mode": "hf"}),
+    M("hf: stage 0 and auto precision", {**AUTO_BATCH, **zero(0), "bf16": {"enabled": "auto"}},
+      ("warning", "bf16.enabled", "ten early updates"), Source("runtime/engine.py _do_optimizer_sanity_check"), HF),
+    M("hf: no accumulation key", {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto", **zero(2)},
+      ("error", "gradient_accumulation_steps", "8 updates"), Source("accelerate/utils/dataclasses.py"), HF),
+    M("hf: scheduler in the file", {**AUTO_BATCH, **zero(2), **sched("WarmupLR", warmup_num_steps="auto")},
+      ("warning", "scheduler", "--lr_scheduler_type"), Source("transformers/integrations/deepspeed.py"), HF),
+    M("hf: optimizer in the file", {**AUTO_BATCH, **zero(2), **optim("Lion", lr="auto")},
+      ("warning", "optimizer", "--optim"), Source("transformers/integrations/deepspeed.py"), HF),
+    M("hf: numbers that must match", {**AUTO_BATCH, **zero(2), "train_micro_batch_size_per_gpu": 4},
+      ("note", "train_micro_batch_size_per_gpu", "per_device_train_batch_size"),
+      Source("transformers/integrations/deepspeed.py"), HF),
+    M("hf: WarmupDecayLR without its maximum", {**AUTO_BATCH, **zero(2), **sched(
+        "WarmupDecayLR", total_num_steps="auto", warmup_num_steps="auto")},
+      ("error", "scheduler.params.warmup_max_lr", "0.001"), Source("runtime/lr_schedules.py WarmupDecayLR"), HF),
+    M("accelerate: betas auto", {**AUTO_BATCH, **zero(2), **optim("AdamW", lr="auto", betas="auto")},
+      ("error", "optimizer.params.betas", "Accelerate does not"), Source("accelerate/accelerator.py"),
+      {"mode": "accelerate"}),
+    M("lightning: accumulation key", cfg(gradient_accumulation_steps=2, **zero(2)),
+      ("error", "gradient_accumulation_steps", "MisconfigurationException"), Source(LIGHTNING),
+      {"mode": "lightning"}),
+    M("lightning: clipping in the file", cfg(**zero(2)), ("note", "gradient_clipping", "gradient_clip_val"),
+      Source(LIGHTNING), {"mode": "lightning"}),
+    M("lightning: optimizer in the file", cfg(**zero(2)), ("note", "optimizer", "configure_optimizers"),
+      Source(LIGHTNING), {"mode": "lightning"}),
+    M("lightning: total batch", cfg(**zero(2)), ("warning", "train_batch_size", "product"), Source(LIGHTNING),
+      {"mode": "lightning"}),
     # --- combinations ---
     M("fp16 and bf16", cfg(fp16={"enabled": True}, bf16={"enabled": True}, **zero(1)),
       ("error", "bf16.enabled", "both on"), Raises("cannot be simultaneously enabled")),
@@ -377,6 +413,29 @@ MISTAKES = [
       Gives({"e.zero_use_cpu_optimizer()": "True"})),
     M("cpu_offload twice", cfg(**zero(2, cpu_offload=True, offload_optimizer={"device": "cpu", "pin_memory": True})),
       ("error", "zero_optimization.cpu_offload", "Not together"), Raises("Cannot provide deprecated parameter")),
+    M("offload and an optimizer from the code", cfg(optimizer=None, **zero(2, offload_optimizer=OFFLOAD)),
+      ("warning", "zero_optimization.offload_optimizer", "DeepSpeedCPUAdam"),
+      Source("runtime/engine.py _configure_optimizer")),
+    M("NVMe parameters with the default buffer", cfg(**zero(3, offload_param={
+        "device": "nvme", "nvme_path": "/d", "pin_memory": True})),
+      ("note", "zero_optimization.offload_param.buffer_size", "embedding"),
+      Source("runtime/swap_tensor/partitioned_param_swapper.py")),
+    M("super_offload at stage 2", cfg(**zero(2, offload_optimizer=OFFLOAD | {"super_offload": True})),
+      ("warning", "zero_optimization.offload_optimizer.super_offload", "stage 3 only"),
+      Gives({"type(e.optimizer).__name__": "DeepSpeedZeroOptimizer"})),
+    M("offload with default pin_memory", cfg(**zero(2, offload_optimizer={"device": "cpu"})),
+      ("note", "zero_optimization.offload_optimizer.pin_memory", "default"),
+      Gives({"e._config.zero_config.offload_optimizer.pin_memory": "True"})),
+    M("elastic checkpoint at stage 3", cfg(**zero(3, elastic_checkpoint=True)),
+      ("warning", "zero_optimization.elastic_checkpoint", "Ignored"), Source("runtime/zero/stage3.py")),
+    M("bucket in megabytes", cfg(**zero(1, reduce_bucket_size=500)),
+      ("warning", "zero_optimization.reduce_bucket_size", "elements"), Gives({"e.zero_reduce_bucket_size()": "500"})),
+    M("autocast to float32", cfg(torch_autocast={"enabled": True, "dtype": "float32"}, **zero(1)),
+      ("warning", "torch_autocast.dtype", "does nothing"), Gives({"e.torch_autocast_dtype()": "torch.float32"})),
+    M("odd static loss scale", cfg(fp16={"enabled": True, "loss_scale": 100}, **zero(1)),
+      ("note", "fp16.loss_scale", "power of two"), Gives({"e.loss_scale()": "100.0"})),
+    M("autotp pass alone", cfg(compile={"deepcompile": True, "passes": ["autotp"]}),
+      ("error", "compile.passes", "autotp_size"), Source("compile/config.py")),
     M("ZeRO without stage", cfg(zero_optimization={"overlap_comm": True}),
       ("warning", "zero_optimization.stage", "stays off"), Gives({STAGE: "0"})),
     M("stage3 keys at stage 2", cfg(**zero(2, stage3_max_live_parameters=100000)),
@@ -390,6 +449,10 @@ MISTAKES = [
     M("ZenFlow without interval", cfg(**zero(2, zenflow={"select_strategy": "step"}, offload_optimizer={
         "device": "cpu", "pin_memory": True})),
       ("error", "zero_optimization.zenflow.select_interval", "number"), Raises("select_interval must be a number")),
+    M("ZenFlow selects too often", cfg(**optim("AdamW", lr=0.1), **zero(2, zenflow={
+        "select_strategy": "step", "select_interval": 2, "update_interval": 4}, offload_optimizer=OFFLOAD)),
+      ("error", "zero_optimization.zenflow.select_interval", "below update_interval"),
+      Raises("Select interval must be greater or equal")),
     M("AutoEP preset", cfg(**zero(1), expert_parallel={"enabled": True, "preset_model": "mixtrel"}),
       ("error", "expert_parallel.preset_model", "'mixtral'"), Raises("Unknown preset_model")),
     M("AutoTP partition type", cfg(**zero(1), tensor_parallel={"autotp_size": 1, "partition_config": {"layer_specs": [
@@ -398,7 +461,7 @@ MISTAKES = [
       Source("module_inject/autotp_config.py from_dict")),
     M("hf: a float batch size", text(**zero(1)).replace('"train_batch_size": 2', '"train_batch_size": 2.0'),
       ("warning", "train_batch_size", "stays a float"), Gives({"type(e.train_batch_size()).__name__": "float"}), {
-          "hf": True}),
+          "mode": "hf"}),
     M("master weights with torch_adam", cfg(bf16={"enabled": True, "bf16_master_weights_and_grads": True}, **zero(
         2, offload_optimizer=OFFLOAD)),
       ("error", "bf16.bf16_master_weights_and_grads", "torch_adam"), Raises("Master weights feature requires")),
@@ -417,6 +480,11 @@ MISTAKES = [
       ("error", "zero_optimization.cpu_offload", "Not together"), Raises("Cannot provide deprecated parameter")),
     M("ZenFlow with torch_adam", cfg(**zero(2, zenflow={"update_interval": 4}, offload_optimizer=OFFLOAD)),
       ("error", "zero_optimization.zenflow", "torch_adam"), Raises("unexpected keyword argument 'torch_adam'")),
+    M("ZenFlow with bias_correction", cfg(**optim("AdamW", lr=0.1, bias_correction=True), **zero(2, zenflow={
+        "update_interval": 4}, offload_optimizer=OFFLOAD)),
+      ("error", "zero_optimization.zenflow", "bias_correction"), Raises("argument 'bias_correction'")),
+    M("quantized gradients without reduce_scatter", cfg(**zero(3, zero_quantized_gradients=True, reduce_scatter=False)),
+      ("error", "zero_optimization.reduce_scatter", "quantized"), Raises("reduce_scatter should also be enabled")),
     M("ZenFlow at stage 0", cfg(**zero(0, zenflow={"update_interval": 4}, offload_optimizer=OFFLOAD)),
       ("error", "zero_optimization.zenflow", "stage 0"), Raises("reduce_gradients", "step")),
     M("auto_cast without fp16", cfg(fp16={"enabled": False, "auto_cast": True}),
@@ -429,13 +497,21 @@ MISTAKES = [
         "enabled": True, "random_ltd": {"enabled": True}}}),
       ("error", "data_efficiency.data_routing.random_ltd.total_layer_num", "Missing"), Raises("total_layer_num")),
     M("hf: a float number of steps", text(**zero(1), **sched("WarmupLR", warmup_num_steps=100.0)),
-      ("error", "scheduler.params.warmup_num_steps", "float"), Raises("must be a positive integer"), {"hf": True}),
+      ("error", "scheduler.params.warmup_num_steps", "float"), Raises("must be a positive integer"), {"mode": "hf"}),
     M("sum at stage 3", cfg(gradient_allreduce_op="sum", **zero(3)),
       ("error", "gradient_allreduce_op", "stage 3"), Raises("not supported with ZeRO stage 3")),
     M("unmanaged accumulation with overlap", cfg(managed_gradient_accumulation=False, **zero(1, overlap_comm=True)),
       ("error", "managed_gradient_accumulation", "overlap_comm"), Raises("supports ZeRO overlap_comm only")),
     M("pipeline with ZeRO-2", cfg(pipeline={"activation_checkpoint_interval": 1}, **zero(2)),
-      ("error", "pipeline", "refuses"), Source("runtime/pipe/engine.py:77")),
+      ("warning", "pipeline", "refuses"), Source("runtime/pipe/engine.py:77")),
+    M("a batch that becomes a float", {"train_batch_size": 2, "sequence_parallel_size": 1, "optimizer": ADAMW},
+      ("warning", "sequence_parallel_size", "float"),
+      Gives({"type(e.train_micro_batch_size_per_gpu()).__name__": "float"})),
+    M("a checkpoint writer", cfg(checkpoint={"writer": {"type": "python", "data_parallel": "replica"}}),
+      ("note", "checkpoint.writer", "CROSS_SIZE"), Raises("KeyError: 'CROSS_SIZE'")),
+    M("a checkpoint writer for one rank", cfg(checkpoint={"writer": {"type": "python"}}),
+      ("error", "checkpoint.writer.data_parallel", "dp_rank"),
+      Source("runtime/model_checkpointing/data_parallel_writer_factory.py")),
     M("pipeline.stages", cfg(pipeline={"stages": 4}),
       ("warning", "pipeline.stages", "nowhere"), Source("runtime/pipe/engine.py reads four other keys")),
     M("steps of curriculum missing", cfg(data_efficiency={"enabled": True, "data_sampling": {
@@ -497,6 +573,54 @@ MISTAKES = [
       ("error", "scheduler.params.warmup_type", "log"), Gives({"e.lr_scheduler.warmup_type": "log"})),
     M("torch scheduler with ZeRO", cfg(**zero(1), **sched("CosineAnnealingLR", T_max=10)),
       ("error", "scheduler.type", "wrapper"), Raises("is not an Optimizer")),
+    M("LBFGS", cfg(**optim("LBFGS", lr=0.1)), ("error", "optimizer.type", "closure"),
+      Raises("missing 1 required positional argument: 'closure'", "step")),
+    M("SparseAdam", cfg(**optim("SparseAdam", lr=0.1)), ("error", "optimizer.type", "sparse"),
+      Raises("does not support dense gradients", "step")),
+    M("MuAdam without its package", cfg(**optim("MuAdam", lr=0.1)), ("note", "optimizer.type", "mup package"),
+      Raises("UnboundLocalError")),
+    M("optimizer without params", cfg(optimizer={"type": "SGD"}), ("warning", "optimizer.params", "default learning"),
+      Gives({LR: "0.001"})),
+    M("no lr", cfg(**optim("AdamW", eps=1e-8, torch_adam=True)), ("note", "optimizer.params.lr", "default"),
+      Gives({LR: "0.001"})),
+    M("Adam is AdamW", cfg(**optim("Adam", lr=0.001, weight_decay=0.1, torch_adam=True)),
+      ("note", "optimizer.type", "decoupled"), Gives({"type(e.basic_optimizer).__name__": "AdamW"})),
+    M("two eps for AdamW", cfg(**adamw(eps=[1e-8, 1e-3])), ("error", "optimizer.params.eps", "one number"),
+      Raises("'<=' not supported")),
+    M("weight decay 10", cfg(**adamw(weight_decay=10)), ("warning", "optimizer.params.weight_decay", "very large"),
+      Gives({"e.basic_optimizer.param_groups[0]['weight_decay']": "10"})),
+    M("amsgrad for FusedAdam", cfg(**optim("AdamW", lr=0.1, amsgrad=True)),
+      ("error", "optimizer.params.amsgrad", "torch_adam"), Raises("does not support the AMSGrad variant")),
+    M("Adafactor with ZeRO", cfg(**zero(1), **optim("Adafactor", lr=0.01), zero_allow_untested_optimizer=True),
+      ("error", "optimizer.type", "matrix"),
+      Gives({"[s for s in next(iter(e.basic_optimizer.state.values())) if 'var' in s]": "['variance']"})),
+    M("Rprop under a schedule", cfg(**zero(1), **optim("Rprop", lr=0.01), zero_allow_untested_optimizer=True, **sched(
+        "WarmupLR", warmup_num_steps=2, warmup_max_lr=0.02)),
+      ("warning", "scheduler.type", "step size"), Source("torch/optim/rprop.py")),
+    M("Nesterov without momentum", cfg(**optim("SGD", lr=0.1, nesterov=True)),
+      ("error", "optimizer.params.nesterov", "momentum"), Raises("Nesterov momentum requires")),
+    M("Muon at stage 3", cfg(**zero(3), **optim("Muon", lr=0.01, torch_adam=True)),
+      ("error", "optimizer.type", "reduce_scatter"), Raises("Muon and reduce scatter cannot be used together")),
+    M("ReduceLROnPlateau", cfg(**optim("SGD", lr=0.1), **sched("ReduceLROnPlateau")),
+      ("error", "scheduler.type", "metric"), Gives({"float(e.lr_scheduler.best)": "2.0"})),
+    M("OneCycleLR for Adagrad", cfg(**optim("Adagrad", lr=0.1), **sched("OneCycleLR", max_lr=0.1, total_steps=9)),
+      ("error", "scheduler.params.cycle_momentum", "none"), Raises("cycle_momentum")),
+    M("Lamb with a static scale", cfg(**optim("Lamb", lr=0.1), fp16={"enabled": True, "loss_scale": 8}, **zero(
+        1), zero_allow_untested_optimizer=True),
+      ("error", "fp16.loss_scale", "dynamic"), Raises("lamb optimizer requires dynamic loss scaling")),
+    M("schedule against lr", cfg(**sched("WarmupLR", warmup_max_lr=0.01, warmup_num_steps=2)),
+      ("note", "scheduler.params.warmup_max_lr", "never used"), Gives({"e.lr_scheduler.max_lrs": "[0.01]"})),
+    M("default warmup", cfg(**sched("WarmupLR", warmup_max_lr=0.001)),
+      ("note", "scheduler.params.warmup_num_steps", "1000"), Gives({"e.lr_scheduler.warmup_num_steps": "1000"})),
+    M("falling warmup", cfg(**sched("WarmupLR", warmup_min_lr=0.1, warmup_max_lr=0.001, warmup_num_steps=2)),
+      ("warning", "scheduler.params.warmup_min_lr", "falls"), Gives({"e.lr_scheduler.min_lrs": "[0.1]"})),
+    M("very large warmup_max_lr", cfg(**sched("WarmupLR", warmup_max_lr=2, warmup_num_steps=2)),
+      ("warning", "scheduler.params.warmup_max_lr", "very large"), Gives({"e.lr_scheduler.max_lrs": "[2]"})),
+    M("OneCycle upside down", cfg(**sched("OneCycle", cycle_min_lr=0.1, cycle_max_lr=0.001)),
+      ("warning", "scheduler.params.cycle_min_lr", "upside down"), Gives({"e.lr_scheduler.min_lrs": "[0.1]"})),
+    M("optimizer in code, WarmupDecayLR without its maximum", cfg(optimizer=None, **sched(
+        "WarmupDecayLR", total_num_steps=500, warmup_num_steps=5)),
+      ("warning", "scheduler.params.warmup_max_lr", "0.001"), Source("runtime/lr_schedules.py WarmupDecayLR")),
     # --- sections that do nothing ---
     M("activation_checkpointing alone", cfg(activation_checkpointing={"partition_activations": True}),
       ("warning", "activation_checkpointing", "configure()"),
@@ -513,19 +637,25 @@ MISTAKES = [
       ("warning", "zero_optimization.stage3_gather_16bit_weights_on_model_save", "save_16bit_model"),
       Gives({"e.save_16bit_model('/tmp/never')": "False"})),
     M("hf: max_grad_norm is not passed on", cfg(gradient_clipping=None, **zero(1)),
-      ("note", "gradient_clipping", "max_grad_norm"), Gives({"e.gradient_clipping()": "1.0"}), {"hf": True}),
+      ("note", "gradient_clipping", "max_grad_norm"), Gives({"e.gradient_clipping()": "1.0"}), {"mode": "hf"}),
+    M("fp16 off with settings", cfg(fp16={"enabled": False, "loss_scale": 8}), ("note", "fp16.enabled", "loss_scale"),
+      Gives({"e.fp16_enabled()": "False"})),
+    M("monitor of a plain loop", cfg(csv_monitor={"enabled": True, "output_path": "csv", "job_name": "x"}),
+      ("note", "csv_monitor", "write_events"), Gives({"e.monitor.enabled": "True"})),
+    M("wandb without its package", cfg(wandb={"enabled": True}), ("note", "wandb.enabled", "pip install wandb"),
+      Raises("No module named 'wandb'")),
+    M("aio without nvme", cfg(aio={"block_size": 4096}), ("note", "aio", "without offload to nvme"),
+      Gives({"e.aio_config()['block_size']": "4096"})),
     M("clipping by default", cfg(gradient_clipping=None), ("note", "gradient_clipping", "1.0 by default"),
       Gives({"e.gradient_clipping()": "1.0"})),
 ]  # fmt: skip
 
 V = Valid
 AUTO_ADAMW = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}}
-AUTO_BATCH = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
-              "gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}  # fmt: skip
 FP16 = {"enabled": True, "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2,
         "min_loss_scale": 1}  # fmt: skip
 BF16 = {"bf16": {"enabled": True}}
-HF = {"hf": True}
+HF_SECTIONS = ("warning scheduler", "note optimizer", "note optimizer.params.betas", "note optimizer.params.eps")
 CLIP = "note gradient_clipping"
 NO_OPTIMIZER = "note optimizer"
 GATHER = "warning zero_optimization.stage3_gather_16bit_weights_on_model_save"
@@ -579,7 +709,8 @@ VALID = [
                          offload_param={"device": "nvme", "nvme_path": "/local_nvme", "buffer_count": 5,
                                         "buffer_size": 1e8, "max_in_cpu": 1e9, "pin_memory": True}),
                   aio={"block_size": 1048576, "queue_depth": 8, "thread_count": 1, "single_submit": False,
-                       "overlap_events": True}), ("warning aio.thread_count",), "parse"),
+                       "overlap_events": True}), (
+        "warning aio.thread_count", "note zero_optimization.offload_param.buffer_size"), "parse"),
     V("cpu_offload, as in the MoE tutorial", cfg(**zero(2, cpu_offload=True, allgather_bucket_size=50000000)),
       ("warning zero_optimization.cpu_offload",)),
     V("twin-flow ratio", cfg(**optim("AdamW", lr=0.001), **zero(3, offload_optimizer=OFFLOAD | {"ratio": 0.3})),
@@ -633,11 +764,13 @@ VALID = [
       ("warning activation_checkpointing",)),
     V("checkpoint", cfg(checkpoint={"tag_validation": "Warn", "load_universal": False, "use_node_local_storage": False,
                                     "parallel_write": {"pipeline_stage": False},
-                                    "writer": {"type": "fast", "decoupled": True}}), (), "parse"),
+                                    "writer": {"type": "fast", "decoupled": True, "data_parallel": "replica"}}),
+      ("note checkpoint.writer",), "parse"),
     V("communication", cfg(communication_data_type="FP32", prescale_gradients=True, gradient_predivide_factor=2.0,
                            gradient_allreduce_op="mean", dataloader_drop_last=True, disable_allgather=False)),
     V("pipeline", cfg(**zero(1), pipeline={"activation_checkpoint_interval": 1, "use_reentrant": False})),
-    V("pipeline bf16 without ZeRO", cfg(**BF16, pipeline={"activation_checkpoint_interval": 1}), (), "parse"),
+    V("pipeline bf16 without ZeRO", cfg(**BF16, pipeline={"activation_checkpoint_interval": 1}),
+      ("note bf16.enabled",), "parse"),
     V("AutoTP", cfg(train_batch_size=8, train_micro_batch_size_per_gpu=1, **BF16, **zero(2), tensor_parallel={
         "autotp_size": 4, "preset_model": "llama", "partition_config": {"use_default_specs": False, "layer_specs": [
             {"patterns": [".*\\.o_proj\\.weight$"], "partition_type": "row"}]}}), (), "parse", {"world_size": 8}),
@@ -670,7 +803,8 @@ VALID = [
     V("autotuning", {"train_micro_batch_size_per_gpu": "auto", "fp16": {"enabled": True}, "gradient_clipping": 1.0,
                      "zero_optimization": {"stage": [0, 1, 2, 3], "reduce_bucket_size": [5e7, 5e8]},
                      "autotuning": {"enabled": True, "fast": False, "max_train_batch_size": None, "arg_mappings": {
-                         "train_micro_batch_size_per_gpu": "--per_device_train_batch_size"}}}, (), "none"),
+                         "train_micro_batch_size_per_gpu": "--per_device_train_batch_size"}}}, (
+        "note autotuning.arg_mappings",), "none"),
     V("timers and others", cfg(timers={"throughput": {"enabled": True, "synchronized": False}}, vocabulary_size=50304,
                                disable_python_gc=False, use_data_before_expert_parallelism=False,
                                managed_gradient_accumulation=True)),
@@ -689,24 +823,25 @@ VALID = [
     V("hf ZeRO-2", {"fp16": FP16 | {"enabled": "auto"}, "optimizer": AUTO_ADAMW, **warmup(), **AUTO_BATCH,
                     **zero(2, offload_optimizer=OFFLOAD, allgather_partitions=True, allgather_bucket_size=2e8,
                            overlap_comm=True, reduce_scatter=True, reduce_bucket_size=2e8, contiguous_gradients=True),
-                    "steps_per_print": 2000, "wall_clock_breakdown": False}, (), "parse", HF),
+                    "steps_per_print": 2000, "wall_clock_breakdown": False}, HF_SECTIONS, "parse", HF),
     V("hf ZeRO-3", {"fp16": FP16 | {"enabled": "auto"}, "bf16": {"enabled": "auto"}, "optimizer": AUTO_ADAMW,
                     **warmup("WarmupDecayLR"), **AUTO_BATCH,
                     **zero(3, offload_optimizer=OFFLOAD, offload_param=OFFLOAD, overlap_comm=True, sub_group_size=1e9,
                            reduce_bucket_size="auto", stage3_prefetch_bucket_size="auto",
                            stage3_param_persistence_threshold="auto", stage3_max_live_parameters=1e9,
-                           stage3_gather_16bit_weights_on_model_save="auto")}, (), "parse", HF),
+                           stage3_gather_16bit_weights_on_model_save="auto")}, HF_SECTIONS, "parse", HF),
     V("hf: no optimizer, stage 3 autos at stage 2", {**AUTO_BATCH, "bf16": {"enabled": "auto"}, **zero(
         2, reduce_bucket_size="auto", stage3_prefetch_bucket_size="auto")}, (), "parse", HF),
     V("Accelerate template", {"fp16": FP16, "optimizer": {"type": "AdamW", "params": {
         "lr": "auto", "weight_decay": "auto", "torch_adam": True, "adam_w_mode": True}}, **warmup("WarmupDecayLR"),
-        **AUTO_BATCH, "gradient_accumulation_steps": 1, **zero(2, reduce_bucket_size="auto")}, (), "parse", HF),
+        **AUTO_BATCH, "gradient_accumulation_steps": 1, **zero(2, reduce_bucket_size="auto")},
+      ("warning scheduler", "note optimizer", "note gradient_accumulation_steps"), "parse", HF),
     V("Accelerate fills the stage", {**AUTO_BATCH, **BF16, "zero_optimization": {
         "stage": "auto", "offload_optimizer": {"device": "auto", "nvme_path": "auto", "pin_memory": True},
         "stage3_gather_16bit_weights_on_model_save": "auto"}}, (), "parse", HF),
     V("hf AutoTP", {"bf16": {"enabled": "auto"}, "optimizer": AUTO_ADAMW, **warmup("WarmupDecayLR"), **AUTO_BATCH,
                     "zero_optimization": {"stage": 2, "gather_16bit_weights_on_model_save": True},
-                    "tensor_parallel": {"autotp_size": 4}, "steps_per_print": 1}, (), "parse", HF),
+                    "tensor_parallel": {"autotp_size": 4}, "steps_per_print": 1}, HF_SECTIONS, "parse", HF),
 ]  # fmt: skip
 
 
@@ -752,7 +887,7 @@ def run_one(case, deepspeed, torch, folder):
     when = "initialize"
     e = None
     try:
-        config = hf_fill(str(path)) if case.check.get("hf") else str(path)
+        config = hf_fill(str(path)) if case.check.get("mode") == "hf" else str(path)
         if getattr(case, "run", "") == "parse":
             from deepspeed.runtime.config import DeepSpeedConfig
 

@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["LC_ALL"] = "C.UTF-8"  # and in one language
 os.environ["OMP_NUM_THREADS"] = "1"  # ranks share the cores; more threads only fight
 
 

@@ -50,7 +50,7 @@ def check_command(command: str) -> None:
         used = {word.partition("=")[0] for word in words[position:] if word.startswith("--")}
         unknown = used - set(flags_of(ROOT / script))
         assert not unknown, f"{command}: {script} has no {unknown}"
-    for path in re.findall(rf"{FOLDERS}/[\w./-]+\.(?:json|py|txt|xz|sh|yaml)", command):
+    for path in re.findall(rf"{FOLDERS}/[\w./-]+\.(?:json\.gz|jsonl|json|py|txt|xz|sh|yaml)", command):
         assert (ROOT / path).exists() or "/my" in path, f"{command}: no {path}"
 
 

@@ -196,6 +196,7 @@ def _become(arguments: list[str], env: dict[str, str], stdout: Path, stderr: Pat
     """What each forked process does: become the script."""
     for stream, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.stdout.reconfigure(line_buffering=True, write_through=False)  # whole lines, with PYTHONUNBUFFERED as well
     os.environ.update(env)
     os.chdir(ROOT)
     sys.argv = arguments

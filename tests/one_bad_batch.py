@@ -1,4 +1,4 @@
-"""Day 26's program with a loss that is NaN in one step, as one bad batch gives: started by tests/test_day26.py."""
+"""Day 26's program with a loss that is NaN in one step on the last rank: one bad batch. Started by test_day26.py."""
 
 import argparse
 import sys
@@ -20,7 +20,7 @@ def main() -> None:
     bad = []
 
     def on_step(step: int, engine, batch: dict) -> None:
-        if not bad:
+        if not bad and engine.global_rank == engine.world_size - 1:
             engine.module.register_forward_hook(spoil)
         bad.append(step)
 

@@ -11,6 +11,8 @@ A note marks a generated block with two HTML comments, which readers do not see:
     <!-- table day03/results/compare_2cpu.json table config tokens_per_s:,.0f -->    rows and columns of a result file
     <!-- runs day02/results/train_2cpu.json day02/results/train_h100.json -->      recorded runs, a row each
     <!-- number day02/results/train_2cpu.json rows.-1.held_out_loss .2f -->          one value, inside a sentence
+    <!-- symptoms day02 en -->                                   links to the day's entries in day 13's symptom book
+    <!-- glossary en -->                                         the words of docs/glossary.json, a row each
     <!-- end -->
 
 `tests/test_notes.py` fails when a block is out of date; this program brings it up to date.
@@ -27,12 +29,12 @@ from common.run_log import median_speed
 
 ROOT = Path(__file__).resolve().parents[1]
 LANGUAGE = {".py": "python", ".json": "json", ".sh": "bash", "": ""}
-BLOCK = re.compile(r"<!-- (file|lines|diff|output|table|runs|number) (.*?) -->.*?<!-- end -->", re.S)
+BLOCK = re.compile(r"<!-- (file|lines|diff|output|table|runs|number|symptoms|glossary) (.*?) -->.*?<!-- end -->", re.S)
 
 
 def pages() -> list[Path]:
     """Every Markdown page of the repository, English and Chinese."""
-    folders = ("", "data", "config", "bench", "day[0-9][0-9]", "day[0-9][0-9]/labs")
+    folders = ("", "docs", "data", "config", "bench", "day[0-9][0-9]", "day[0-9][0-9]/labs")
     return sorted(page for folder in folders for page in ROOT.glob(f"{folder}/*.md" if folder else "*.md"))
 
 
@@ -71,6 +73,29 @@ def _diff(old: str, new: str) -> str:
     return _fence("\n".join(difflib.unified_diff(*sides, old, new, n=1, lineterm="")), "diff")
 
 
+def _symptoms(day: str, language: str) -> str:
+    book = f"../day13/symptoms{'.zh' if language == 'zh' else ''}.md"
+    ids = [entry["id"] for entry in json.loads(_read("day13/symptoms.json")) if int(day[3:]) in entry["days"]]
+    links = [f"[`{name}`]({book}#{name})" for name in ids]
+    if language == "zh":
+        own = f"，与本课有关的条目：{'、'.join(links)}" if ids else ""
+        return f"\n其他报错见可搜索的[症状手册]({book}){own}。\n"
+    own = f"; entries for this day: {', '.join(links)}" if ids else ""
+    return f"\nOther messages: the searchable [symptom book]({book}){own}.\n"
+
+
+def _glossary(language: str) -> str:
+    zh = language == "zh"
+    rows = ["| 写作 | 英文 | 含义 | day | 不写作 |" if zh else "| term | meaning | day |"]
+    rows += ["| :-- | :-- | :-- | :-- | :-- |" if zh else "| :-- | :-- | :-- |"]
+    for entry in json.loads(_read("docs/glossary.json")):
+        english, chinese = entry["term"]
+        day = f"[{entry['day']:02}](../day{entry['day']:02}/notes{'.zh' if zh else ''}.md)"
+        cells = [chinese, english, entry["meaning"][1], day, "、".join(entry.get("not_zh", ["–"]))]
+        rows.append("| " + " | ".join(cells if zh else [english, entry["meaning"][0], day]) + " |")
+    return "\n" + "\n".join(rows) + "\n"
+
+
 def _output(name: str) -> str:
     result = json.loads(_read(name))
     return _fence(f"$ {result['command']}\n" + "\n".join(result["output"])) + _source(result)
@@ -79,7 +104,7 @@ def _output(name: str) -> str:
 def _table(name: str, rows: str, *columns: str) -> str:
     """`column:format` picks a value of each row, `a.b` a nested one; `A_heading=column:format` names it otherwise.
 
-    `column:MB` shows bytes as millions.
+    `column:MB` shows bytes as millions, `GB` as thousands of millions, `column:k` thousands: 17.1k.
     """
     result = json.loads(_read(name))
     cells = []
@@ -89,11 +114,8 @@ def _table(name: str, rows: str, *columns: str) -> str:
         values = [
             functools.reduce(lambda found, part: (found or {}).get(part), key.split("."), row) for row in result[rows]
         ]
-        if spec == "MB":
-            spec = ",.2f"
-            values = [value / 1e6 if value is not None else None for value in values]
         cells.append([(heading or key).replace("_", " "), ":--" if isinstance(values[0], str) else "--:"])
-        cells[-1] += ["–" if value is None else format(value, spec) for value in values]
+        cells[-1] += ["–" if value is None else _format(value, spec).replace("|", "\\|") for value in values]
     lines = ["| " + " | ".join(row) + " |" for row in zip(*cells, strict=True)]
     return "\n" + "\n".join(lines) + "\n\n" + _source(result).lstrip("\n")
 
@@ -118,7 +140,15 @@ def _number(name: str, path: str, spec: str = "") -> str:
     value = json.loads(_read(name))
     for part in path.split("."):
         value = value[int(part)] if isinstance(value, list) else value[part]
-    return format(value, spec)
+    return _format(value, spec)
+
+
+def _format(value: float | str, spec: str) -> str:
+    units = {"MB": (1e6, ",.2f", ""), "GB": (1e9, ",.1f", ""), "k": (1e3, ",.1f", "k")}
+    if spec not in units:
+        return format(value, spec)
+    size, spec, letter = units[spec]
+    return format(value / size, spec) + letter
 
 
 def _source(result: dict) -> str:

@@ -4,11 +4,14 @@ import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
+import re
 import subprocess
 import sys
 import time
 import warnings
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,14 +64,26 @@ def test_data_files_have_the_published_checksums():
 
 def test_readme_of_data_has_the_real_token_counts(tokenizer):
     table = (ROOT / "data/README.md").read_text()
-    for name in ("bpe4096", "gpt2"):
-        for corpus in ("moby_dick", "sotu"):
-            train, held_out = load_corpus(corpus, load_tokenizer(name), 128)
-            assert f"{len(train.tokens) + len(held_out.tokens):,}" in table
+    for corpus, name in (
+        *product(("moby_dick", "sotu"), ("bpe4096", "gpt2")),
+        ("song_ci", "zh4096"),
+    ):
+        train, held_out = load_corpus(corpus, load_tokenizer(name), 128)
+        assert f"{len(train.tokens) + len(held_out.tokens):,}" in table
+
+
+def test_the_chinese_corpus_has_a_tokenizer_that_reads_it():
+    """At most one token a character with its own tokenizer, about three with the English one; nothing but text."""
+    with lzma.open(ROOT / "data/song_ci.jsonl.xz", "rt", encoding="utf-8") as lines:
+        poems = [json.loads(line)["text"] for line in lines]
+    sample = "\n".join(poems[::200])
+    assert len(poems) == 20_047 and not re.search("[\ufffd□A-Za-z0-9]", "".join(poems))
+    tokens = {name: len(load_tokenizer(name)(sample)["input_ids"]) / len(sample) for name in ("zh4096", "bpe4096")}
+    assert tokens["zh4096"] <= 1.0 and tokens["bpe4096"] > 2.5
 
 
 def test_tokenizers_give_text_back():
-    for name in ("bpe4096", "gpt2"):
+    for name in ("bpe4096", "zh4096", "gpt2"):
         tokenizer = load_tokenizer(name)
         text = "Call me Ishmael — “fellow-citizens”, 鲸鱼."
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -120,8 +135,10 @@ def test_an_interrupted_tokenization_leaves_no_half_cache(cache, tokenizer, monk
 
 
 def test_corpus_errors_name_the_value_and_the_cure(tmp_path, tokenizer):
-    with pytest.raises(UserError, match=r"'mobydick' is neither shipped \(all, moby_dick, sotu\)"):
+    with pytest.raises(UserError, match=r"'mobydick' is neither shipped \(all, moby_dick, sotu, song_ci\)"):
         load_corpus("mobydick", tokenizer, 64)
+    with pytest.raises(UserError, match=r"corpus 'mine/rows.jsonl.gz': there is no such file"):  # nor asks the hub
+        load_corpus("mine/rows.jsonl.gz", tokenizer, 64)
     small = tmp_path / "small.txt"
     small.write_text("one paragraph\n\nand another\n\nand a third")
     with pytest.raises(UserError, match=r"too small: its training part has \d+ tokens = 0 blocks of 64"):

@@ -1,6 +1,9 @@
 """config/check.py against the table in config_mistakes.py, and the table against DeepSpeed itself."""
 
+import importlib.util
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,8 +13,10 @@ from pathlib import Path
 import hjson
 import pytest
 
-import config.check
-from config.check import LEVELS, ParseError, Reader, check, main, schema
+from config.check import LEVELS, all_rules, check, main
+from config.rules import SECTIONS
+from config.rules.reader import ParseError, Reader
+from config.rules.schema_file import schema
 from tests.config_mistakes import MISTAKES, VALID, Gives, Raises, Source
 from tests.launch import free_port, run_warm
 
@@ -33,8 +38,9 @@ def ids(cases):
 def test_the_table_is_large_and_has_no_doubles():
     names = ids([*MISTAKES, *VALID])
     assert len(MISTAKES) >= 70 and len(VALID) >= 45 and len(set(names)) == len(names)
-    run = [m for m in MISTAKES if not isinstance(m.really, Source)]
-    assert len(run) >= 0.95 * len(MISTAKES), "a claim about DeepSpeed is worth what was run"
+    own = [m for m in MISTAKES if m.check.get("mode", "deepspeed") == "deepspeed"]
+    run = [m for m in own if not isinstance(m.really, Source)]
+    assert len(run) >= 0.95 * len(own), "a claim about DeepSpeed is worth what was run"
 
 
 @pytest.mark.parametrize("case", MISTAKES, ids=ids(MISTAKES))
@@ -52,15 +58,30 @@ def test_no_false_alarm(case):
 
 
 def test_every_rule_is_needed(monkeypatch):
-    """Without any one of the rules, some mistake of the table is not found any more."""
+    """Without its rule, the mistake that the rule names is not found any more."""
+    table = {case.name: case for case in MISTAKES}
     idle = []
-    for rule in config.check.RULES:
-        monkeypatch.setattr(config.check, "RULES", [r for r in config.check.RULES if r is not rule])
-        found = [any((f.level, f.path) == c.finding[:2] and c.finding[2] in f.message + " " + f.fix
-                     for f in check(source(c), **c.check)) for c in MISTAKES]  # fmt: skip
-        idle += [rule.__name__] * all(found)
+    for section in SECTIONS:
+        rules = section.RULES
+        for rule in rules:
+            monkeypatch.setattr(section, "RULES", [r for r in rules if r is not rule])
+            case = table[rule.test]
+            found = [f for f in check(source(case), **case.check) if (f.level, f.path) == case.finding[:2]]
+            idle += [rule.id] * any(case.finding[2] in f"{f.message} {f.fix}" for f in found)
         monkeypatch.undo()
     assert not idle
+
+
+def test_rules_read_as_a_list():
+    """Each has a name of its own, a reason, and a line in DeepSpeed, Accelerate, transformers, Lightning or torch."""
+    rules = all_rules()
+    assert len({rule.id for rule in rules}) == len(rules) >= 90
+    assert not [rule.id for rule in rules if not rule.reason.endswith(".") or len(rule.reason) < 15]
+    for rule in rules:
+        spec = importlib.util.find_spec(rule.file.split("/")[0])
+        if spec and spec.origin:  # Lightning need not be installed
+            text = (Path(spec.origin).parents[1] / rule.file).read_text()
+            assert rule.code in text, f"{rule.id}: {rule.file} has no {rule.code!r} any more: read what it does now"
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +177,11 @@ def test_lines():
 
 def test_nothing_crashes_the_checker():
     """Every key with every kind of wrong value, and every value of the table in every other place."""
-    values = [None, True, 0, -1, 2.5, 1e30, "", "auto", "x", [], [1], ["a", None], {}, {"a": 1}, {"enabled": True}]
+    values = [None, True, 0, -1, 2.5, 1e30, "", "auto", "x", [], [1], ["a", None], {}, {"a": 1}, {"enabled": True},
+              math.inf, -math.inf, math.nan, 10**5000, [math.inf], (0.9, 0.99), object(), {1: 2}, "$X", "9" * 400,
+              Path("x"), {"device": math.nan}]  # fmt: skip
+
+    readers = itertools.cycle([{}, {"mode": "hf", "world_size": 4}, {"mode": "lightning"}, {"mode": "deepspeed"}])
 
     def places(node, path=()):
         for name, child in node["properties"].items():
@@ -172,8 +197,7 @@ def test_nothing_crashes_the_checker():
             for part in path[:-1]:
                 node = node.setdefault(part, {}) if isinstance(node.get(part, {}), dict) else node
             node[path[-1]] = value
-            for kwargs in ({}, {"hf": True, "world_size": 4}):
-                assert all(f.level in LEVELS for f in check(config, **kwargs))
+            assert all(f.level in LEVELS for f in check(config, **next(readers)))
 
 
 # --- files and command line -----------------------------------------------------------------------------------------
@@ -194,14 +218,14 @@ def run(*args, **more):
         (b"\x89PNG\r\n\x1a\n\x00\x00\xff", "binary"),
         (b"\x00" * 100, "binary"),
         (b'{"a": ' + b" " * (1 << 20) + b"1}", "no config"),
-        (b'{"name": "x", "version": "1.0.0", "scripts": {}, "dependencies": {}}', "does not look like"),
-        (b'{"architectures": ["GPT2"], "hidden_size": 8, "num_attention_heads": 2}', "does not look like"),
+        (b'{"name": "x", "version": "1.0.0", "scripts": {}, "dependencies": {}}', "package.json"),
+        (b'{"architectures": ["GPT2"], "hidden_size": 8, "num_attention_heads": 2}', "config.json"),
         (b'{"compute_environment": "LOCAL", "deepspeed_config": {"zero_stage": 2}}', "Accelerate"),
         (b"[" * 100_000, "levels deep"),
         (b'{"train_batch_size": 2', "never closed"),
-        (b"compute_environment: LOCAL_MACHINE\ndeepspeed_config:\n  zero_stage: 2\n", "look like"),
+        (b"compute_environment: LOCAL_MACHINE\ndeepspeed_config:\n  zero_stage: 2\n", "Accelerate"),
         (b"import torch\n\nprint(1)\n", "Not readable"),
-        (b'{"deepspeed": {"train_batch_size": 2}, "output_dir": "x", "report_to": "none"}', "look like"),
+        (b'{"deepspeed": {"train_batch_size": 2}, "output_dir": "x", "report_to": "none"}', "under the key"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else None,
 )
@@ -235,7 +259,7 @@ def test_exit_code_colours_and_json(tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     (error,) = [f for f in report[str(bad)] if f["level"] == "error"]
     assert error["path"] == "zero_optimisation" and error["line"] == 2 and error["fix"]
-    assert set(error) == {"level", "path", "message", "fix", "line"}
+    assert set(error) == {"level", "path", "message", "fix", "line", "rule", "fixable"}
 
 
 def test_colours_on_a_terminal(tmp_path, capsys, monkeypatch):
@@ -270,10 +294,17 @@ def test_every_json_of_this_repository_passes():
     assert not wrong, wrong
 
 
-def test_pre_commit_hook_points_here():
-    text = (REPO / ".pre-commit-hooks.yaml").read_text()
-    assert "id: deepspeed-config-check" in text and "entry: config/check.py" in text
+def test_the_program_runs_as_a_script():
     assert os.access(CHECK, os.X_OK) and CHECK.read_text().startswith("#!")
+
+
+def test_the_recorded_answer_is_today_s(tmp_path, monkeypatch, capsys):
+    """Day 04 shows what it says about three keys."""
+    recorded = json.loads((REPO / "day04/results/check_2cpu.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    Path("my.json").write_text('{"train_micro_batch_size_per_gpu": 8, "gradient_cliping": 0.5, "stage": 2}\n')
+    assert main(["my.json"]) == recorded["exit_code"]
+    assert capsys.readouterr().out.splitlines() == recorded["output"]
 
 
 # --- the schema -----------------------------------------------------------------------------------------------------

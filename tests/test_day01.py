@@ -47,8 +47,20 @@ def test_backends_are_those_that_deepspeed_names():
     assigned = r"_communication_backend_name = ['\"](\w+)"
     names = {name for path in accelerators for name in re.findall(assigned, path.read_text())}
     assert set(import_module("day01.labs.check_env").BACKENDS) == names
+
+
+def test_the_notes_name_every_accelerator_of_deepspeed_and_its_backend(monkeypatch):
+    from deepspeed.accelerator.real_accelerator import SUPPORTED_ACCELERATOR_LIST
+
     for page in NOTES:
-        assert all(f"`{name}`" in page for name in ("nccl", "gloo", "hccl", "cncl", "xccl"))
+        (named,) = [part for part in page.split("\n\n") if part.startswith(("**Other accelerators.", "**其他加速卡。"))]
+        assert set(SUPPORTED_ACCELERATOR_LIST) | set(import_module("day01.labs.check_env").BACKENDS) - {"ccl"} <= set(
+            re.findall(r"`(\w+)`", named)
+        )
+    monkeypatch.setenv("DS_ACCELERATOR", "npu")
+    monkeypatch.setattr("deepspeed.accelerator.real_accelerator.ds_accelerator", None)
+    with pytest.raises(ValueError, match="NPU_Accelerator requires torch_npu"):
+        deepspeed.accelerator.get_accelerator()
 
 
 def test_a_mistyped_hostfile_only_warns_and_the_notes_say_so(tmp_path):

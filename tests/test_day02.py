@@ -89,7 +89,7 @@ def test_cpu_start_builds_nothing_and_leaves_no_shared_memory(two_ranks):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--corpus", "mobydick"], "corpus 'mobydick' is neither shipped (all, moby_dick, sotu)"),
+        (["--corpus", "mobydick"], "corpus 'mobydick' is neither shipped (all, moby_dick, sotu, song_ci)"),
         (["--model", "gtp2"], "unknown model preset 'gtp2'; choose one of: tiny"),
         (["--deepspeed_config", "no/such.json"], "Received: no/such.json"),
     ],

@@ -102,6 +102,16 @@ def test_trap(compared, trap):
     assert difference(compared[trap], compared["fp32"]) > 2e-2, f"{trap}: {FIXED}"
 
 
+@pytest.mark.launch
+def test_fp16_without_zero_is_slower_and_not_stuck(compared):
+    """What day 03's table of pitfalls says of it."""
+    fell = {case: row["losses"][0] - row["losses"][-1] for case, row in compared.items()}
+    assert 0.05 < fell["fp16_zero0"] < 0.9 * fell["fp16"], fell
+    for page, words in (("notes.md", "learns much more slowly"), ("notes.zh.md", "慢得多")):
+        rows = re.findall(r'^\|.*`fp16`.*`"stage": 0`.*$', (ROOT / "day03" / page).read_text(), re.M)
+        assert len(rows) == 1 and words in rows[0], rows
+
+
 PROBES = """
 import deepspeed, json, torch
 from common.cpu import start_without_compiler
@@ -155,6 +165,10 @@ found["updates"] = [[updates(stage, betas) for stage in (0, 1)] for betas in ((0
 precisions = {"fp32": {}, "autocast": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "bf16": BF16}
 precisions["fp16"] = {"fp16": {"enabled": True, "initial_scale_power": 8}}
 found["nan"] = {name: [lives_through_a_nan(s, **section) for s in range(4)] for name, section in precisions.items()}
+try:
+    start(0, **BF16, data_types={"grad_accum_dtype": "fp32"})
+except NotImplementedError as error:
+    found["mix"] = str(error)
 print(json.dumps(found))
 """
 
@@ -189,12 +203,18 @@ def test_bf16_without_zero_makes_its_first_steps_too_short(probes):
     steps = range(10, 1000)  # more than are made here: by the formula
     later = [(1 - 0.9**t) / (1 - 0.9 ** (t + 1)) / ((1 - 0.999**t) / (1 - 0.999 ** (t + 1))) ** 0.5 for t in steps]
     assert 1.0118 < max(later) < 1.012 and min(later) == later[0]
-    for day in ("day07", "day11"):
+    for day in ("day07", "day11"):  # in one line, the row of the pitfall
         for name in ("notes.md", "notes.zh.md"):
             page = (ROOT / day / name).read_text()
             assert re.search("0.744.*0.858.*0.910", page), f"{day}/{name} does not say how wrong"
     for name, words in (("notes.md", "within 1.2 % of it from then on"), ("notes.zh.md", "此后相差不超过 1.2 %")):
         assert words in (ROOT / "day11" / name).read_text()
+
+
+@pytest.mark.launch
+def test_fp32_sums_need_zero(probes):
+    for name in ("notes.md", "notes.zh.md"):
+        assert f"`{probes['mix']}`" in (ROOT / "day11" / name).read_text()
 
 
 @pytest.mark.launch
@@ -277,6 +297,42 @@ def test_updates_are_lost_without_fp32_masters(tmp_path):
     fast, slow = result["decay"]
     assert fast["bf16"] < 1e-6 and slow["fp32"] == pytest.approx(0.999**1000, rel=1e-3)
     assert slow["bf16"] == 1.0  # a factor of 0.999 is rounded away: the second moment never decays
+
+
+@pytest.mark.launch
+def test_fp32_sums_are_exact_when_they_are_sent_in_fp32_too(tmp_path):
+    flags = ["--stages", 1, "--accumulation", 8, *SMALL, "--run_dir", tmp_path]
+    run_ranks("day11/labs/gradients.py", *flags, ranks=RANKS)
+    result = json.loads((tmp_path / "gradients.json").read_text())
+    plain, sent, added, both = result["table"]
+    assert [row["setting"] for row in (sent, added, both)] == ["sent in fp32", "added in fp32", "both in fp32"]
+    assert 1e-3 < plain["off"] < 1e-2 and both["off"] < 1e-7  # 4e-3 and 2e-9 were measured with 16
+    assert sent["off"] == pytest.approx(plain["off"], rel=0.05)  # twice the bytes, and rounded to bf16 again
+    assert added["off"] < 0.9 * plain["off"]
+    for wide, narrow in ((sent, plain), (both, added)):
+        assert wide["sent_bytes"] == pytest.approx(2 * narrow["sent_bytes"], rel=0.01)
+    assert added["optimizer"] == "BF16_Optimizer"
+    assert added["held_bytes"] - plain["held_bytes"] == pytest.approx(4 * NUM_PARAMS, rel=0.01)
+    dropped, kept = result["keep_in_fp32"]
+    assert dropped.startswith("score_bias bfloat16") and kept.startswith("score_bias float32, 256 of 256 values")
+    assert all(said.endswith("weight bfloat16") for said in (dropped, kept))  # of parameters none stays
+
+
+def test_the_table_of_formats():
+    """Largest, smallest above 0 (subnormal) and the next after 1, as the pages have them."""
+    names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8 E5M2": "float8_e5m2"}
+    names["fp8 E4M3"] = "float8_e4m3fn"
+    for page in ("notes.md", "notes.zh.md"):
+        text = (ROOT / "day11" / page).read_text()
+        for name, dtype in names.items():
+            info = torch.finfo(getattr(torch, dtype))
+            _, parts, largest, smallest, following = re.search(rf"^\| {name} (\|.*\|)$", text, re.M)[1].split("|")[:5]
+            assert float(largest) == pytest.approx(info.max, rel=0.01), name
+            assert float(smallest.split("=")[1].replace("−", "-")) == pytest.approx(
+                info.smallest_normal * info.eps, rel=0.02
+            )
+            assert float(following.split("=")[-1]) == pytest.approx(1 + info.eps, abs=5e-5)
+            assert sum(map(int, parts.split(","))) == info.bits
 
 
 @pytest.mark.launch

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from importlib import import_module
 from types import SimpleNamespace
@@ -101,32 +102,47 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(interrupted):
 class FinishedEngine:
     """What `resume` asks of an engine, after 12 steps."""
 
-    global_rank = 0
+    global_rank, dp_world_size = 0, 2
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return 8
+
+    def gradient_accumulation_steps(self) -> int:
+        return 1
 
     def load_checkpoint(self, folder: str) -> tuple[str, dict]:
         return folder, {"step": 12, "random": [(torch.get_rng_state(), torch.get_rng_state())]}
 
 
 def test_bad_input_gets_one_sentence(tmp_path):
-    old = {"model": "tiny", "corpus": "all", "seed": 0, "batch": "8"}
+    old = {"model": "tiny", "corpus": "all", "seed": 0, "batch": "8 micro x 1 accumulation x 2 ranks"}
     (tmp_path / "settings.json").write_text(json.dumps(old))
-    new_run = {"resume": str(tmp_path), "run_dir": "elsewhere", "steps": 13}
-    checkpoint.check_resume(argparse.Namespace(**new_run), old)
-    assert checkpoint.resume(FinishedEngine(), argparse.Namespace(**new_run), old) == 12
-    for args, settings, sentence in (
-        ({"resume": "nowhere"}, old, "no settings.json there"),
-        ({}, old | {"seed": 1}, "that run had seed 0, this one has 1"),
-        ({"run_dir": str(tmp_path)}, old, "its log would be overwritten"),
-        ({"steps": 12}, old, "that run has 12 steps; --steps must be more"),
+    new_run = {
+        "resume": str(tmp_path),
+        "run_dir": "elsewhere",
+        "steps": 13,
+        "model": "tiny",
+        "corpus": "all",
+        "seed": 0,
+    }
+    assert checkpoint.resume(FinishedEngine(), argparse.Namespace(**new_run)) == 12
+    assert checkpoint.resume(FinishedEngine(), argparse.Namespace(**new_run | {"resume": None})) == 0
+    for args, sentence in (
+        ({"resume": "nowhere"}, "no settings.json there"),
+        ({"seed": 1}, "that run had seed 0, this one has 1"),
+        ({"run_dir": str(tmp_path)}, "its log would be overwritten"),
+        ({"steps": 12}, "that run has 12 steps; --steps must be more"),
     ):
         with pytest.raises(UserError, match=sentence):
-            checkpoint.resume(FinishedEngine(), argparse.Namespace(**new_run | args), settings)
+            checkpoint.resume(FinishedEngine(), argparse.Namespace(**new_run | args))
 
 
 @pytest.mark.parametrize(
     ("script", "flags", "sentence"),
     [
         ("train", ["--save_every", "0"], "--save_every 0: take 1 or more"),
+        ("train", ["--global_batch", "12"], "--global_batch 12: a multiple of 16, micro-batch x ranks"),
+        ("train", ["--tokens", "2000"], "--tokens 2000: one optimizer step takes 2,048"),
         ("oom", ["--micro_batch", "1"], "--micro_batch 1 cannot be halved"),
         ("oom", ["--micro_batch", "3"], "--micro_batch 3 cannot be halved"),
         ("oom", ["--limit_gib", "-1"], "--limit_gib -1.0 leaves no memory at all"),
@@ -147,6 +163,7 @@ def test_bad_flags_get_one_sentence(script, flags, sentence, monkeypatch, tmp_pa
     (tmp_path / "twice.json").write_text('{"bf16": {"enabled": true}, "bf16": {"enabled": false}}')
     flags = [str(tmp_path / "twice.json") if flag == "TWICE" else flag for flag in flags]
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(sys, "argv", [f"day12/{script}.py", *flags])
     with pytest.raises(UserError, match=sentence):
         import_module("day12.train" if script == "train" else f"day12.labs.{script}").main()
@@ -178,6 +195,62 @@ def test_the_schedule_follows_the_steps():
             import_module("day12.train").stretch_schedule(config, 60)
 
 
+def test_a_token_budget_is_the_same_text_for_every_batch():
+    """16 sequences of 128 tokens a step on two ranks of 8; 64 with four micro-batches: a quarter of the steps."""
+    flags = {"tokens": 614_400, "steps": 300, "log_every": 20, "eval_every": 9, "sample_every": 9, "save_every": 9}
+    for global_batch, steps, accumulation in ((None, 300, 1), (64, 75, 4)):
+        config = read_config(ROOT / "day12/ds_config.json")
+        args = argparse.Namespace(**flags, global_batch=global_batch)
+        import_module("day12.train").plan_run(config, args, block_size=128, ranks=2)
+        assert (args.steps, config["gradient_accumulation_steps"]) == (steps, accumulation)
+        assert config["scheduler"]["params"]["total_num_steps"] == steps
+
+
+# An engine on one rank: what day12/fast.py changes is asked for, counted, and has the same result.
+FAST = """
+import sys
+
+import deepspeed
+import torch
+
+from bench.traffic import count_traffic
+from bench.world import join_world
+from common.ranks import print0
+from config.read import read_config
+from day12 import fast
+from day12.gpt import build_gpt
+
+join_world()
+clip, clipped = torch.nn.utils.clip_grad_norm_, []
+torch.nn.utils.clip_grad_norm_ = lambda parameters, norm: clipped.append(norm) or clip(parameters, norm)
+for changes in ((), (fast.clip_with_pytorch, fast.skip_averaging)):
+    torch.manual_seed(0)
+    model = build_gpt("tiny", 4096)
+    config = read_config("day12/ds_config.json") | {"gradient_clipping": 0.1}
+    config.pop("scheduler")
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    for change in changes:
+        change(engine)
+    ids = torch.arange(128).repeat(2, 1)
+    with count_traffic() as traffic:
+        for _ in range(2):
+            loss = engine(ids, ids).loss
+            engine.backward(loss)
+            engine.step()
+    print0(f"messages {sum(map(len, traffic.calls.values()))} | clipped at {clipped} | loss {loss.item():.6f}")
+"""
+
+
+@pytest.mark.launch
+def test_fast_clips_with_pytorch_and_averages_with_nobody(tmp_path):
+    script = tmp_path / "fast.py"
+    script.write_text(FAST)
+    plain, fast = re.findall(r"^messages (\d+) \| clipped at (.*) \| loss (.*)$", run_ranks(str(script)).stdout, re.M)
+    assert int(plain[0]) > 0 and plain[1] == "[]"
+    assert (int(fast[0]), fast[1]) == (0, "[0.1, 0.1]")
+    assert float(fast[2]) == pytest.approx(float(plain[2]), abs=1e-3)
+
+
 def test_batches_continue_where_they_were():
     blocks = list(range(50))
     sampler = DistributedSampler(blocks, num_replicas=2, rank=1, seed=3)
@@ -192,8 +265,20 @@ def test_batches_continue_where_they_were():
     assert first[:6] != first[6:12]
 
 
-def test_peak_flops_are_known_for_listed_devices_only():
+CARDS = {  # as torch names them; dense bf16 TFLOP/s, or None where no figure is known for certain
+    "NVIDIA A100-SXM4-80GB": 312, "A100-PCIE-40GB": 312, "NVIDIA A800 80GB PCIe": 312, "NVIDIA A800-SXM4-80GB": 312,
+    "NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989, "NVIDIA H800": 989, "NVIDIA H20": 148, "NVIDIA H20-3e": 148,
+    "NVIDIA GeForce RTX 4090": 165.2,
+    "NVIDIA GeForce RTX 4090 D": None, "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA H200 NVL": None,
+    "NVIDIA H800 PCIe": None, "NVIDIA A100-SXM4-80GB MIG 3g.40gb": None,
+}  # fmt: skip
+
+
+def test_peak_flops_are_known_for_listed_devices_only(monkeypatch):
     assert peak_flops(torch.device("cpu")) is None
+    for name, tflops in CARDS.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda")) == (tflops and tflops * 1e12), name
 
 
 @pytest.mark.parametrize(
@@ -366,7 +451,7 @@ def test_deepspeed_and_plain_pytorch_train_the_same_model(tmp_path):
     flags = ["--steps", 6, "--log_every", 1, "--micro_batch", 2, "--corpus", SMALL_CORPUS]
     baseline = run_warm("day12/labs/baseline_torch.py", *flags, "--run_dir", tmp_path)
     if not torch.cuda.is_available():  # there the script compiles, and narrows the stream
-        assert list(baseline.losses.values()) == pytest.approx(lean, abs=1e-4)  # 2e-5 was measured
+        assert list(baseline.losses.values()) == pytest.approx(lean, abs=3e-4)  # 2e-5 on one CPU, 1.4e-4 on another
     assert plain[-1] < plain[0]
     assert last == pytest.approx(plain, abs=1e-5) and result["turns"]["losses_apart"] < 1e-5
     assert lean == pytest.approx(plain, abs=1e-2)  # a wider stream between blocks: 2e-4 was measured

@@ -13,12 +13,16 @@ from deepspeed import checkpointing
 from deepspeed.runtime.utils import partition_balanced
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
+from bench.link import why_no_link
 from common.errors import UserError
 from day16 import exercise, solution
 from day16.gpt2_pipe import CutPipeline, best_parts, head, shape_of
+from day16.labs import slow_link
 from day16.stage_times import config_to_measure
 from tests.launch import SMALL_CORPUS, error_line, measure_again, run_day, run_ranks, run_warm
 
+NO_LINK = why_no_link()
+needs_link = pytest.mark.skipif(bool(NO_LINK), reason=str(NO_LINK))
 TIED = ["parameters", "sgd, zero 1, clipped"]
 
 
@@ -145,21 +149,31 @@ def test_stages_finds_the_cuts_and_times_on_one_process(two, tmp_path):
     assert (tmp_path / "stages.png").exists()
 
 
+@needs_link
 @pytest.mark.launch
 @pytest.mark.serial
 @measure_again
-def test_waiting_falls_with_the_micro_batches(tmp_path):
-    flags = ["--micro_batch", 3, "--micro_batches", 1, 8, "--zero", 3, "--steps", 1, "--run_dir", tmp_path]
-    run_ranks("day16/labs/compare.py", *flags, ranks=2)
-    rows = {
-        (row["way"], row["micro_batches"]): row for row in json.loads((tmp_path / "compare.json").read_text())["table"]
-    }
-    one, eight = rows["1 x 2 stages", 1], rows["1 x 2 stages", 8]
-    assert (one["formula"], eight["formula"]) == (1 / 2, 1 / 9) and (one["batch"], eight["batch"]) == (3, 24)
-    assert one["waited"] > 0.45 and eight["waited"] < one["waited"] - 0.1  # 0.52 and 0.22 were measured
-    assert eight["tokens_per_s"] > 1.3 * one["tokens_per_s"]  # 2.4
-    assert (tmp_path / "tokens_per_s.png").exists()
-    assert {way for way, _ in rows} == {"2 x zero 3", "2 x 1 stages", "1 x 2 stages"}
+def test_a_slow_link_carries_a_pipeline_better_than_data_parallelism(tmp_path):
+    """Same model, same global batch, same losses; what is sent is what the notes compute, and decides."""
+    flags = ["--rates", "50mbit", "--num_layers", 6, "--global_batch", 8, "--steps", 1, "--run_dir", tmp_path]
+    run_warm("day16/labs/slow_link.py", *flags)
+    rows = {row["way"]: row for row in json.loads((tmp_path / "slow_link.json").read_text())["table"]}
+    assert list(rows) == ["ddp", "zero 1", "pipeline"]
+    for row in rows.values():
+        assert row["losses"] == pytest.approx(rows["ddp"]["losses"], abs=1e-5) and len(row["losses"]) == 2
+        assert row["sent_bytes"] == pytest.approx(row["computed_bytes"], rel=0.03)  # 1.003 was measured
+    weights = 4 * (6 * 198_272 + 4096 * 128 + 128 * 128 + 256)  # bytes, the tied matrix once
+    assert rows["ddp"]["computed_bytes"] == weights and rows["zero 1"]["computed_bytes"] == 1.5 * weights
+    assert rows["pipeline"]["computed_bytes"] == 4 * 128 * (
+        8 * 128 + 4096
+    )  # activations of all tokens; the tied matrix
+    assert rows["pipeline"]["gain"] > 1.2  # 2.4 was measured
+    assert (tmp_path / "slow_link.png").exists()
+
+
+def test_a_batch_that_cannot_be_cut_gets_one_sentence():
+    with pytest.raises(UserError, match="--global_batch 6 --micro_batch 2: the batch is not a multiple of"):
+        slow_link.refuse_bad_batch(6, 2, ranks=2)
 
 
 @pytest.mark.launch
@@ -229,8 +243,8 @@ def test_mistakes_get_one_sentence(flags, sentence):
 @pytest.mark.parametrize(
     ("script", "flags", "sentence"),
     [
-        ("labs.compare", ["--micro_batch", "0"], "--micro_batch 0: a micro-batch has 1 sequence at least"),
-        ("labs.compare", ["--micro_batches", "4", "0"], "--steps 4 --micro_batches 0: both start at 1"),
+        ("labs.slow_link", ["--steps", "0"], "--steps 0: at least 1"),
+        ("labs.balance", ["--micro_batch", "0"], "--micro_batch 0: a micro-batch has 1 sequence at least"),
         ("labs.balance", ["--steps", "1"], "--steps 1 --rounds 3: 2 steps (the first warms up) and 1 round at least"),
         ("labs.stages", ["--stages", "9"], "6 layers do not fill 9 stages"),
         ("labs.stages", ["--rounds", "0"], "--rounds 0: at least 1"),

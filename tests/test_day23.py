@@ -1,8 +1,10 @@
 """Day 23: LoRA under ZeRO is LoRA in plain PyTorch; the base stays as it is; what is saved loads, merges, switches."""
 
 import contextlib
+import importlib.util
 import io
 import json
+import math
 import re
 import runpy
 import shutil
@@ -15,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError, clear_errors
+from common.run_log import read_rows
 from day23 import exercise, lora, solution
 from tests.launch import Run, error_line, run_day, run_ranks, run_warm
 from tests.render import ROOT
@@ -228,6 +231,26 @@ def test_compare_follows_the_arithmetic(tmp_path):
 
 
 @pytest.mark.launch
+def test_choose_stops_early_and_goes_on_where_it_ended(tmp_path):
+    """One launch: a case from an earlier one, a rate that learns, one that spoils, and some of the variants."""
+    done = {"case": "full, lr=0.001", "kind": "full", "lr": 1e-3, "trained": 1, "best_epoch": 2, "seconds": 1.0}
+    done |= {"held_out_loss": 1.0, "last_held_out_loss": 1.0, "improvement": 1.0, "forgotten": 0.0, "epochs": []}
+    (tmp_path / "choose.json").write_text(json.dumps({"table": [done]}))
+    flags = ["--full_lrs", 1e-3, 10, "--lora_lrs", 1e-2, "--epochs", 2, "--samples", 32, "--held_out", 8]
+    flags += ["--variants", "r=64, alpha=16", "r=64, alpha=16, rsLoRA", "r=8, DoRA"]
+    more = ["--pretrained", "tiny-llama", "--fp32", "--other_corpus", "chat", "--run_dir", tmp_path]
+    run_ranks("day23/labs/choose.py", *flags, *more, ranks=2)
+    first, spoiled, lora_row, *variants = json.loads((tmp_path / "choose.json").read_text())["table"]
+    assert first == done
+    assert spoiled["best_epoch"] == 0 and len(spoiled["epochs"]) == 2 and spoiled["improvement"] == 0
+    assert lora_row["best_epoch"] >= 1 and lora_row["improvement"] > 0.01 and lora_row["trained"] == 19_456
+    assert [row["lr"] for row in variants] == [1e-2] * 3 and (tmp_path / "rate.png").exists()
+    trained = [row["trained"] for row in variants]
+    assert trained[:2] == [155_648, 155_648] and trained[2] > 19_456  # DoRA's magnitudes come on top
+    assert variants[0]["held_out_loss"] != variants[1]["held_out_loss"]  # alpha / r and alpha / sqrt(r)
+
+
+@pytest.mark.launch
 @pytest.mark.serial
 @pytest.mark.parametrize("precision", [[], ["--bf16", "--stage", 0, "--lean"]], ids=["fp32", "autocast"])
 def test_speed_takes_turns_on_the_same_batches(precision, tmp_path):
@@ -251,7 +274,8 @@ def test_lean_goes_without_zero(monkeypatch):
         main()
 
 
-# What DeepSpeed and peft themselves do on two ranks, in one launch: added tokens at stages 1 and 3, bf16 at 0 and 1.
+# What DeepSpeed and peft themselves do on two ranks, in one launch: added tokens at stages 1 and 3, the embedding
+# trained as well at stages 0 to 3, bf16 at 0 and 1.
 PROBE = """
 import json, sys
 from pathlib import Path
@@ -267,7 +291,7 @@ for name in ("tiny-llama", "tiny-qwen"):
     locate(name)  # writes the model, where it is not yet: not in parts
 ids = torch.arange(4080, 4098).view(1, -1)  # the last two are new
 
-def build(name, stage, dtype, new_tokens):
+def build(name, stage, dtype, new_tokens, **more):
     config = {{"train_micro_batch_size_per_gpu": 1, "bf16": {{"enabled": dtype == torch.bfloat16}},
                "optimizer": {{"type": "AdamW", "params": {{"lr": 0.01, "torch_adam": True}}}},
                "zero_optimization": {{"stage": stage, "stage3_param_persistence_threshold": 0}}}}
@@ -276,7 +300,7 @@ def build(name, stage, dtype, new_tokens):
     if new_tokens:
         base.resize_token_embeddings(4098)
     torch.manual_seed(0)
-    model = add_lora(base, 8, 16)
+    model = add_lora(base, 8, 16, **more)
     trained = [p for p in model.parameters() if p.requires_grad]
     return deepspeed.initialize(model=model, model_parameters=trained, config=config)[0]
 
@@ -284,16 +308,23 @@ def train(engine, ids):
     engine.backward(engine(input_ids=ids, labels=ids).loss)
     engine.step()
 
-for name, stage in (("tiny-llama", 1), ("tiny-qwen", 3)):
-    engine = build(name, stage, torch.float32, True)
-    train(engine, ids)
+def train_and_save(name, stage, folder, **more):
+    engine = build(name, stage, torch.float32, True, **more)
+    for _ in range(2):
+        train(engine, ids)
     engine.eval()
     with torch.no_grad():
         logits = engine(input_ids=ids).logits
-    save_adapter(engine.module, name, {folder!r} + "/" + name)
+    save_adapter(engine.module, name, folder)
     if dist.get_rank() == 0:
-        torch.save(logits, {folder!r} + "/" + name + ".pt")
+        torch.save(logits, folder + ".pt")
     engine.destroy()
+
+for name, stage in (("tiny-llama", 1), ("tiny-qwen", 3)):
+    train_and_save(name, stage, {folder!r} + "/" + name)
+for stage in range(4):
+    for name, modules in (("tiny-llama", ["embed_tokens"]), ("tiny-qwen", ["embed_tokens", "lm_head"])):
+        train_and_save(name, stage, {folder!r} + f"/{{stage}}-{{name}}", modules_to_save=modules)
 found = {{}}
 for stage in (0, 1):
     engine = build("tiny-llama", stage, torch.bfloat16, False)
@@ -336,6 +367,29 @@ def test_rows_of_added_tokens_are_in_the_adapters_file(probe, name):
     with torch.no_grad():
         again = PeftModel.from_pretrained(base, probe / name).eval()(torch.arange(4080, 4098).view(1, -1)).logits
     assert (again - torch.load(probe / f"{name}.pt")).abs().max() <= 1e-5
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen"])
+def test_a_trained_embedding_is_in_the_adapters_file_at_every_stage(probe, name, stage):
+    """`modules_to_save`, with new tokens: both ends, of a tied model the same matrix under two names."""
+    from day22.pretrained import load_model
+
+    saved = load_file(probe / f"{stage}-{name}/adapter_model.safetensors")
+    whole = {key: tensor for key, tensor in saved.items() if "lora_" not in key}
+    assert len(whole) == 2 and all(tensor.shape == (4098, 64) for tensor in whole.values()), sorted(whole)
+    base = load_model(name)
+    torch.manual_seed(1)
+    base.resize_token_embeddings(4098)
+    before = base.get_input_embeddings().weight.detach().clone()
+    model = PeftModel.from_pretrained(base, probe / f"{stage}-{name}").eval()
+    with torch.no_grad():
+        again = model(torch.arange(4080, 4098).view(1, -1)).logits
+    assert (again - torch.load(probe / f"{stage}-{name}.pt")).abs().max() <= 1e-5
+    weights = [layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
+    assert (weights[0] - before).abs().max() > 1e-3  # it was trained
+    assert torch.equal(*weights) == (name == "tiny-llama")  # tied stays tied
 
 
 @pytest.mark.launch
@@ -437,6 +491,170 @@ def test_an_adapter_for_another_base_gets_one_sentence(runs, tmp_path):
         load_adapter(wide, llama)
     with pytest.raises(UserError, match="has no adapter_config.json: not the folder of an adapter"):
         base_of(tmp_path, None, any_base=False)
+
+
+# --- preference tuning ---
+
+HAS_TRL = importlib.util.find_spec("trl") is not None
+YES_NO = [
+    {"prompt": f"Is {number} a number?", "chosen": f"Yes, {number} is.", "rejected": f"No, never {number}."}
+    for number in range(2, 50)
+]
+
+
+def write_rows(rows, path):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory):
+    """{stage: {"ours": rows of metrics.jsonl, "trl": ..., "run": our run, "folder": ...}} on two ranks."""
+    found, file = {}, write_rows(YES_NO, tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
+    for stage in (2, 3):
+        folder = tmp_path_factory.mktemp(f"dpo_zero{stage}")
+        config = json.loads(write_config(folder, stage).read_text().partition("\n")[2])
+        config["train_micro_batch_size_per_gpu"] = 4
+        config["optimizer"]["params"]["lr"] = 2e-2
+        (folder / "config.json").write_text(json.dumps(config))
+        flags = ["--deepspeed_config", folder / "config.json", "--pretrained", "tiny-llama", "--dataset", file]
+        flags += ["--steps", 6, "--log_every", 1, "--beta", 0.5]
+        run = run_ranks("day23/train_dpo.py", *flags, "--eval_every", 3, "--run_dir", folder, ranks=2)
+        found[stage] = {"run": run, "folder": folder, "ours": read_rows(folder)}
+        if HAS_TRL:
+            run_ranks("day23/labs/dpo_trl.py", *flags, "--run_dir", folder / "trl", ranks=2)
+            found[stage]["trl"] = read_rows(folder / "trl")
+    return found
+
+
+@pytest.mark.launch
+@pytest.mark.skipif(not HAS_TRL, reason="pip install --no-deps -r day22/requirements.txt (trl)")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_our_dpo_is_trls(preferences, stage):
+    ours = [row for row in preferences[stage]["ours"] if "loss" in row]
+    theirs = [row for row in preferences[stage]["trl"] if "loss" in row]
+    assert len(ours) == len(theirs) == 6
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in ("loss", "margin", "chosen", "rejected"):
+            assert mine[name] == pytest.approx(other[name], abs=1e-5), (mine["step"], name)
+        assert mine["accuracy"] == other["accuracy"]
+    assert ours[-1]["margin"] > 0.05  # something was learned, so something was compared
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("stage", [2, 3])
+def test_dpo_starts_at_ln_2_and_tells_held_out_pairs_apart(preferences, stage):
+    run, rows = preferences[stage]["run"], preferences[stage]["ours"]
+    assert f"zero stage {stage} | 19,456 of 380,224 parameters trained = 5.12% | beta 0.5 | cpu" in run.stdout
+    assert run.held_out[0] == run.losses[1] == pytest.approx(math.log(2), abs=1e-6)  # policy and reference are the same
+    held_out = [row for row in rows if "held_out_accuracy" in row]
+    assert [row["step"] for row in held_out] == [0, 3, 6]
+    assert held_out[0]["held_out_margin"] == held_out[0]["held_out_accuracy"] == 0
+    assert held_out[-1]["held_out_accuracy"] == 1 and held_out[-1]["held_out_margin"] > 0.05
+    assert held_out[-1]["held_out_reference_prefers"] == held_out[0]["held_out_reference_prefers"]  # it has not moved
+    assert all((preferences[stage]["folder"] / f"{plot}.png").exists() for plot in ("margin", "accuracy"))
+    adapter = load_file(preferences[stage]["folder"] / "adapter/adapter_model.safetensors")
+    assert len(adapter) == 28 and all(tensor.numel() for tensor in adapter.values())
+
+
+def test_the_reference_is_the_model_without_its_adapter():
+    from day22.pretrained import load_model, load_tokenizer
+    from day23.dpo import dpo_loss, reference_logps, sequence_logps
+    from day23.pairs import collate_pairs, load_pairs_of
+
+    tokenizer, base = load_tokenizer("tiny-llama"), load_model("tiny-llama").eval()
+    batch = collate_pairs(load_pairs_of(YES_NO[:3], tokenizer), tokenizer.pad_token_id)
+    with torch.no_grad():
+        before = sequence_logps(base, batch)
+        probabilities = base(batch["input_ids"][:1]).logits[0].log_softmax(-1)
+        model = lora.add_lora(base, 8, 16).eval()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        assert torch.equal(reference_logps(model, batch), before)
+        policy = sequence_logps(model, batch)
+    assert (policy - before).abs().max() > 1e-2
+    labels = batch["labels"][0]  # by hand, token by token
+    by_hand = sum(probabilities[at - 1, labels[at]] for at in range(1, len(labels)) if labels[at] != -100)
+    assert before[0] == pytest.approx(float(by_hand), abs=1e-4)
+    loss, rewards = dpo_loss(policy, before, 0.1)
+    ratios = [math.exp(p - r) for p, r in zip(policy.tolist(), before.tolist(), strict=True)]
+    losses = [-math.log(1 / (1 + math.exp(-0.1 * math.log(ratios[i] / ratios[i + 3])))) for i in range(3)]
+    assert loss.item() == pytest.approx(sum(losses) / 3, abs=1e-5)
+    assert rewards.shape == (2, 3) and torch.allclose(rewards.flatten(), 0.1 * (policy - before))
+
+
+def test_in_the_shipped_pairs_who_does_not_read_the_prompt_is_right_half_of_the_time():
+    from day23.pairs import _continuations
+
+    training, held_out = _continuations()
+    assert len(training) > 400 and len(held_out) >= 48
+    for rows in (training, held_out):
+        assert sorted(row["chosen"] for row in rows) == sorted(row["rejected"] for row in rows)
+        assert all(row["chosen"] != row["rejected"] for row in rows)
+    texts = [{row[key] for row in rows for key in ("prompt", "chosen")} for rows in (training, held_out)]
+    assert not texts[0] & texts[1]
+
+
+DIALOGUES = [[{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": text}] for text in ("Yes.", "No.")]
+
+
+def test_every_form_of_pairs_gives_the_same_tokens(tmp_path):
+    """TRL's three: texts, lists of messages, two dialogues; and an earlier answer in the prompt is not learned."""
+    from day22.pretrained import load_tokenizer
+    from day23.pairs import load_pairs_of
+
+    tokenizer = load_tokenizer("tiny-llama")
+    (prompt, chosen), (_, rejected) = DIALOGUES
+    forms = [
+        {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."},
+        {"prompt": [prompt], "chosen": [chosen], "rejected": [rejected]},
+        {"chosen": DIALOGUES[0], "rejected": DIALOGUES[1]},
+        {"prompt": "Hi?", "chosen": DIALOGUES[0], "rejected": DIALOGUES[1]},
+    ]
+    first, *others = load_pairs_of(forms, tokenizer)
+    for pair in others:
+        for name in ("chosen", "rejected"):
+            assert all(torch.equal(pair[name][key], first[name][key]) for key in ("input_ids", "labels"))
+    longer = [prompt, {"role": "assistant", "content": "What?"}, prompt]
+    (pair,) = load_pairs_of([{"prompt": longer, "chosen": [chosen], "rejected": [rejected]}], tokenizer)
+    learned = [pair["chosen"]["labels"], first["chosen"]["labels"]]
+    assert torch.equal(*(labels[labels != -100] for labels in learned))
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([{"question": "Hi?", "good": "Yes."}] * 4, "has the columns question, good: wanted are `prompt`, `chosen`"),
+        ([{"prompt": "Hi?", "chosen": 1, "rejected": 0}] * 4, "has the columns prompt, chosen, rejected: wanted are"),
+        ([{"chosen": DIALOGUES[0], "rejected": DIALOGUES[1] * 2}] * 4, "differ in more than their last message"),
+        ([{**row, "chosen": " "} for row in YES_NO[:9]], "0 training pairs are left, and 2 ranks need at least 2"),
+        ([{**row, "rejected": row["chosen"]} for row in YES_NO[:9]], "a pair has two different answers"),
+        (YES_NO[:5], "1 held-out pairs are left, and 2 ranks need at least 2"),
+    ],
+    ids=["columns", "numbers", "dialogues", "empty", "equal", "ranks"],
+)
+def test_pairs_that_teach_nothing_get_one_sentence(rows, sentence, tmp_path, monkeypatch):
+    from day22.pretrained import load_tokenizer
+    from day23.pairs import load_pairs
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        load_pairs(str(write_rows(rows, tmp_path / "pairs.jsonl")), load_tokenizer("tiny-llama"), 128)
+
+
+def test_pairs_that_are_left_out_are_counted(tmp_path, capsys):
+    from day22.pretrained import load_tokenizer
+    from day23.pairs import load_pairs
+
+    rows = [{**YES_NO[0], "chosen": ""}, {**YES_NO[0], "rejected": YES_NO[0]["chosen"]}]
+    rows += [{**YES_NO[0], "chosen": "word " * 200}, *YES_NO]
+    training, held_out = load_pairs(str(write_rows(rows, tmp_path / "p.jsonl")), load_tokenizer("tiny-llama"), 64)
+    assert len(training) + len(held_out) in (len(YES_NO), len(YES_NO) - 1)
+    said = capsys.readouterr().out
+    assert "1 with an empty answer, 1 with the same answer twice, 1 of more than 64 tokens" in said
+    with pytest.raises(UserError, match="pairs 'nothing-here' are neither shipped"):
+        load_pairs("nothing-here", load_tokenizer("tiny-llama"), 64)
 
 
 def test_recorded_run_reaches_the_bar():

@@ -1,6 +1,7 @@
 """Day 25: one config, data that is the same after any kill, an evaluation that agrees with arithmetic, end to end."""
 
 import argparse
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -21,19 +22,22 @@ import torch
 import yaml
 
 from capstone import evaluate as ev
+from capstone import export as ex
+from capstone import harness
 from capstone import prepare as prep
 from capstone import text as tx
 from capstone.config import ROOT, Config, add_base_flags, as_yaml, load_config, resolve
-from capstone.data import Blocks, Tokens, load_blocks, open_tokens, train_batches
+from capstone.data import Blocks, Tokens, load_blocks, open_tokens, spread, train_batches
 from common.data import load_tokenizer
 from common.errors import UserError, clear_errors
 from common.model import build_model
 from config.plan import gpt2_model
-from day17.checkpoints import problem_with, read_manifest
+from day17.checkpoints import problem_with, read_manifest, with_own_sum
 from day25 import exercise, solution
 from day25.labs.budget import budget
 from tests.launch import SMALL_CORPUS, error_line, run_day, run_ranks, run_warm
 
+HAS_HARNESS = importlib.util.find_spec("lm_eval") is not None
 WORDS = ["whale", "ship", "sea", "captain", "harpoon", "sail", "wind", "night", "deck", "water", "crew", "storm"]
 
 
@@ -424,7 +428,7 @@ def test_other_settings_or_sources_are_refused(prepared, corpus, tmp_path):
     for override, part in (
         ("data.held_out_share=0.2", "was made with data.held_out_share 0.3, and this config says 0.2: name another"),
         ("tokenizer.name=gpt2", "tokenizer.name bpe4096, and this config says gpt2"),
-        (f"data.sources=[{corpus / 'b.jsonl'}]", "data.sources other files or contents"),
+        (f"data.sources=[{corpus / 'b.jsonl'}]", "b.jsonl']: name another"),
     ):
         with pytest.raises(UserError) as caught:
             prep.prepare(config_of(folder, *settings, override))
@@ -432,25 +436,170 @@ def test_other_settings_or_sources_are_refused(prepared, corpus, tmp_path):
     prep.prepare(config_of(folder, *settings, "data.workers=1"))  # which the output does not depend on
 
 
-def test_what_is_prepared_needs_its_sources_no_more(tmp_path, monkeypatch, capsys):
-    """Another machine has the shards alone: it trains. Files that are there and older are not hashed again."""
-    source = write_lines(tmp_path / "in.jsonl", [some_text(seed) for seed in range(40)])
-    config = config_of(tmp_path / "data", f"data.sources=[{source}]", "data.held_out_share=0.3", "data.workers=1")
+def test_what_is_prepared_needs_neither_its_sources_nor_a_network(tmp_path, monkeypatch, capsys):
+    """Another machine has the shards alone: it trains. Nothing is opened or summed up to find that out."""
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": [some_text(seed) for seed in range(40)]})
+    (tmp_path / "folder").mkdir()
+    source = write_lines(tmp_path / "folder/in.jsonl", [some_text(seed) for seed in range(40, 80)])
+    names = f"data.sources=[hf:someone/text, {source.parent}]"
+    config = config_of(tmp_path / "data", names, "data.held_out_share=0.3", "data.workers=1")
+    monkeypatch.setattr("capstone.sources.open_dataset", lambda *arguments: rows)  # what the hub would send
     manifest = prep.prepare(config)
-    os.utime(source, (1, 1))
-    monkeypatch.setattr(prep, "sha256", lambda path: pytest.fail(f"{path} is read again"))
+    monkeypatch.setattr("capstone.sources.open_dataset", lambda *arguments: pytest.fail("the hub is asked"))
+    for module in ("prepare", "sources"):
+        monkeypatch.setattr(f"capstone.{module}.sha256", lambda path: pytest.fail(f"{path} is read again"))
+    os.utime(source)  # copied just now, as in an image that is newer than the data
     assert prep.prepare(config) == manifest
+    source.rename(tmp_path / "away")
+    shutil.rmtree(source.parent)
+    (tmp_path / "data.lock").unlink(missing_ok=True)
+    assert prep.prepare(config) == manifest and not (tmp_path / "data.lock").exists()  # where nothing can be written
+    assert capsys.readouterr().out.count("prepare: done already") == 2
     monkeypatch.undo()
-    write_lines(source, [some_text(seed + 1) for seed in range(40)])
+
+    source.parent.mkdir()
+    shutil.copy(tmp_path / "away", source)
+    monkeypatch.setattr("sys.argv", ["prepare", "--verify", f"data.folder={tmp_path / 'data'}", *named(config)])
+    prep.main()
+    assert "good, 2 shards; 1 of 2 sources here, unchanged" in capsys.readouterr().out
+    source.write_text(source.read_text().replace("whale", "shark"))  # of the same size: only reading it tells
+    assert prep.prepare(config) == manifest
+    with pytest.raises(UserError, match="data.sources other files or contents"):
+        prep.main()
+    write_lines(source.parent / "more.jsonl", [some_text(1)])
     with pytest.raises(UserError, match="data.sources other files or contents"):
         prep.prepare(config)
-    source.unlink()
-    (tmp_path / "data.lock").unlink(missing_ok=True)
-    capsys.readouterr()
-    assert prep.prepare(config) == manifest and not (tmp_path / "data.lock").exists()  # where nothing can be written
-    assert "in.jsonl is not here any more" in capsys.readouterr().out
-    with pytest.raises(UserError, match="is no file and no folder"):
-        prep.prepare(config_of(tmp_path / "data", "data.sources=[never_was.jsonl]"))
+    with pytest.raises(UserError, match=r"was made with data.sources \['hf:someone/text', .*never_was.jsonl"):
+        prep.prepare(config_of(tmp_path / "data", "data.sources=[never_was.jsonl]", "data.held_out_share=0.3"))
+
+
+def named(config: Config) -> list[str]:
+    sources = ", ".join(config.data.sources)
+    return [f"data.sources=[{sources}]", f"data.held_out_share={config.data.held_out_share}"]
+
+
+def test_data_of_an_older_version_are_taken_where_the_new_keys_have_their_defaults(prepared, tmp_path):
+    config, manifest, settings = prepared
+    copy = config_of(tmp_path / "data", *settings)
+    shutil.copytree(config.data_path, copy.data_path)
+    older = {key: value for key, value in manifest.items() if key not in ("asked", "mixture")}
+    older["config"]["data"] = {k: v for k, v in older["config"]["data"].items() if k not in ("quality", "weights")}
+    (copy.data_path / "manifest.json").write_text(with_own_sum(older))
+    assert prep.prepare(copy) == older
+    with pytest.raises(UserError, match="data.quality none, and this config says gopher"):
+        prep.prepare(config_of(tmp_path / "data", *settings, "data.quality=gopher"))
+
+
+def test_rank_0_looks_at_the_data_and_the_others_trust_its_word(prepared, monkeypatch):
+    config, manifest, _ = prepared
+    told = [(manifest, None)]
+    monkeypatch.setattr("capstone.ranks.rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr("capstone.ranks.from_all_ranks", lambda mine: told + [mine])
+    monkeypatch.setattr(prep, "read_manifest", lambda folder: pytest.fail("rank 1 looks itself"))
+    assert prep.checked(config) == manifest
+    told[0] = (None, "was made with other settings")
+    with pytest.raises(UserError, match="was made with other settings"):
+        prep.checked(config)
+
+
+# --- which documents: quality, contamination, mixture ---
+
+
+def test_each_of_gophers_rules_drops_what_it_is_for():
+    prose = (
+        "The captain of the ship came on deck when the night was over, and he looked to the east. Nobody had seen a"
+        " sail since they left the harbour with forty barrels of oil and a sick cook. It is hard to say what the crew"
+        " thought; some of them would have turned back, others talked about whales and money. So they drifted on, week"
+        " after week, until bread ran short and the water began to taste of wood."
+    )
+    good = prose[:89]
+    broken = {
+        "word_count": good,
+        "word_length": "a b the of c d " * 20,
+        "symbols": prose.replace(" the ", " # the # "),
+        "bullets": "\n".join(f"- {part}" for part in prose.split(", ")),
+        "ellipses": "...\n".join(prose.split("; ")) + "\nThe end",
+        "few_words": " ".join(f"{word} {1000 + at}" for at, word in enumerate(prose.split())),
+        "stop_words": some_text(1),
+        "repeated_lines": "\n".join([good, *[prose] * 2]),
+        "repeated_words": "buy it here " * 60 + good,
+    }
+    assert tx.gopher_flaw(prose) is None
+    assert {name: tx.gopher_flaw(text) for name, text in broken.items()} == {name: name for name in broken}
+    counts = Counter()
+    assert tx.clean(broken["bullets"], 0, 0, counts) and tx.clean(prose, 0, 0, counts, "gopher") == prose
+    assert tx.clean(broken["bullets"], 0, 0, counts, "gopher") is None and counts["dropped_bullets"] == 1
+
+
+def kept(config: Config, split: str) -> set[str]:
+    tokenizer = load_tokenizer("bpe4096")
+    return {tokenizer.decode(ids.tolist()) for ids in open_tokens(config, split).documents()}
+
+
+def staying(text: str, part: str) -> str:
+    """`text` with a last word that puts it into this part: another text has another hash."""
+    return next(new for n in range(99) if tx.split_of(tx.exact_key(new := f"{text} end{n}"), 0.3) == part)
+
+
+def test_what_shares_thirteen_words_with_an_evaluation_is_not_trained_on(tmp_path):
+    settings = ["data.held_out_share=0.3", "data.workers=2", "data.chunk_mb=0.02"]
+    texts = [some_text(seed) for seed in range(60)]
+    held_out = [tx.split_of(tx.exact_key(text), 0.3) == "held_out" for text in texts]
+    secret, quoted = (texts[at] for at in (held_out.index(True), held_out.index(True, held_out.index(True) + 1)))
+    phrase, test = some_text(1001, 15), some_text(1002, 40)  # a phrase of many documents; a benchmark's text
+    train = [text for text, out in zip(texts, held_out, strict=True) if not out]
+    changed = {
+        train[0]: f"{train[0]} {' '.join(test.split()[5:18])}",  # 13 words of the benchmark
+        train[1]: f"{train[1]} {' '.join(test.split()[5:17])}",  # 12
+        train[2]: f"{' '.join(secret.split()[20:40]).upper()} {train[2]}",  # of a held-out document
+    }
+    changed |= {text: f"{text} {phrase}" for text in [*train[3:14], quoted]}  # 11 training documents say it
+    changed = {old: staying(new, "held_out" if old == quoted else "train") for old, new in changed.items()}
+    texts = [changed.get(text, text) for text in texts]
+    source = write_lines(tmp_path / "in.jsonl", texts)
+    (tmp_path / "test.txt").write_text(test)
+    before = config_of(tmp_path / "before", f"data.sources=[{source}]", *settings)
+    prep.prepare(before)
+    gone = {}
+    for name, asked in (("file", [tmp_path / "test.txt"]), ("both", [tmp_path / "test.txt", "held_out"])):
+        more = f"data.decontaminate=[{', '.join(map(str, asked))}]"
+        config = config_of(tmp_path / name, f"data.sources=[{source}]", *settings, more)
+        manifest = prep.prepare(config)
+        gone[name] = kept(before, "train") - kept(config, "train")
+        assert manifest["counts"]["contaminated"] == len(gone[name]) and kept(config, "held_out") == kept(
+            before, "held_out"
+        )
+        assert manifest["evaluated"][0]["name"].endswith("test.txt") and not (config.data_path / "work").exists()
+    assert gone == {"file": {changed[train[0]]}, "both": {changed[train[0]], changed[train[2]]}}
+
+
+def test_weights_say_how_often_each_source_is_trained_on_and_the_manifest_what_came_of_it(tmp_path):
+    sources = [write_lines(tmp_path / f"{name}.jsonl", [some_text(seed) for seed in range(start, start + 60)])
+               for name, start in (("a", 0), ("b", 100), ("c", 200))]  # fmt: skip
+    names, alike = [str(path) for path in sources], ["data.held_out_share=0.3", "data.workers=1", "data.shard_mb=0.02"]
+    weights = f"data.weights={{{names[1]}: 2.5, {names[2]}: 0.5}}"
+    one = config_of(tmp_path / "one", f"data.sources=[{', '.join(names)}]", *alike)
+    mixed = config_of(tmp_path / "mixed", f"data.sources=[{', '.join(names)}]", *alike, weights)
+    plain, manifest = prep.prepare(one), prep.prepare(mixed)
+    tokenizer = load_tokenizer("bpe4096")
+    seen = Counter(tokenizer.decode(ids.tolist()) for ids in open_tokens(mixed, "train").documents())
+    times = {}
+    for at, name in enumerate("abc"):
+        own = {some_text(seed) for seed in range(100 * at, 100 * at + 60)}
+        times[name] = Counter(seen[text] for text in kept(one, "train") & own)
+    assert set(times["a"]) == {1} and set(times["b"]) == {2, 3} and set(times["c"]) == {0, 1}
+    assert 0.25 < times["b"][3] / times["b"].total() < 0.75 and kept(mixed, "held_out") == kept(one, "held_out")
+    rows = manifest["mixture"]
+    assert [row["weight"] for row in rows] == [1, 2.5, 0.5] and [row["weight"] for row in plain["mixture"]] == [1] * 3
+    assert sum(row["documents"] for row in rows) == seen.total() == manifest["splits"]["train"]["documents"]
+    assert sum(row["text_bytes"] for row in rows) == manifest["splits"]["train"]["text_bytes"]
+    assert rows[1]["share"] == pytest.approx(
+        rows[1]["text_bytes"] / manifest["splits"]["train"]["text_bytes"], abs=1e-6
+    )
+    with pytest.raises(UserError, match="'d.jsonl' is none of data.sources"):
+        config_of(tmp_path, f"data.sources=[{names[0]}]", "data.weights={d.jsonl: 2}")
 
 
 def test_a_folder_that_cannot_be_written_gets_one_sentence(capsys):
@@ -542,6 +691,16 @@ def test_the_order_is_one_on_any_number_of_ranks_and_after_a_restart(prepared, m
     assert torch.equal(next(resumed)["input_ids"], seen[1][2])
 
 
+def test_the_loader_draws_nothing_that_the_model_would(prepared):
+    """Or a resumed run, whose random state was just restored, would drop out other activations."""
+    blocks, dropout = load_blocks(prepared[0], "train", 32), torch.nn.Dropout(0.5)
+    torch.manual_seed(1)
+    uninterrupted = dropout(torch.ones(64))
+    torch.manual_seed(1)
+    next(train_batches(blocks, micro_batch=4, seed=3))
+    assert torch.equal(dropout(torch.ones(64)), uninterrupted)
+
+
 # --- evaluate ---
 
 
@@ -574,6 +733,33 @@ def test_the_interval_of_a_share_by_hand():
     assert ev.wilson(50, 200) == pytest.approx((0.19516, 0.31428), abs=1e-4)  # Wilson's formula with a calculator
     low, high = ev.wilson(0, 10)
     assert low == pytest.approx(0, abs=1e-12) and high == pytest.approx(0.2775, abs=1e-3)
+
+
+class ById(torch.nn.Module):
+    """The loss of a block is its first id, so that one sees which blocks were taken."""
+
+    passes = 0
+
+    def forward(self, input_ids, labels):
+        self.passes += 1
+        return SimpleNamespace(loss=input_ids[:, 0].double().mean())
+
+
+def test_the_held_out_sample_is_spread_over_all_sources_and_the_same_on_any_ranks(monkeypatch):
+    tokens = Tokens.__new__(Tokens)
+    tokens.shards, tokens.eos = [np.repeat(np.arange(1, 101, dtype=np.uint16), 4)], 0  # 100 blocks of 4
+    tokens.ends = np.array([400])
+    blocks = Blocks(tokens, 4)
+    taken = [int(blocks[at]["input_ids"][0]) - 1 for at in spread(blocks, 8)]
+    assert taken == [0, 12, 25, 37, 50, 62, 75, 87] and spread(blocks, 500) == list(range(100))
+    want = sum(taken) / 8 + 1
+    for world in (1, 3, 12):  # 12 ranks, 8 blocks: four ranks have none, and must take part in each pass all the same
+        totals, model = [], ById()
+        for rank in range(world):
+            monkeypatch.setattr(ev, "rank_and_world", lambda rank=rank, world=world: (rank, world))
+            monkeypatch.setattr(ev, "over_ranks", lambda total, *more: total)
+            totals.append(ev.held_out_loss(model, blocks, torch.device("cpu"), max_blocks=8, micro_batch=2))
+        assert sum(totals) == pytest.approx(want) and model.passes == world * -(-8 // (2 * world))
 
 
 class Memory(torch.nn.Module):
@@ -663,6 +849,40 @@ def test_the_same_command_again_skips_each_stage_and_another_is_refused(trained,
     assert error_line(other).endswith("was trained with other settings (train, ranks): name another run_dir")
     lean = run_ranks("day25/train.py", *flags, "model.code=lean", check=False)
     assert "this program trains transformers' GPT-2 as it is" in error_line(lean)
+
+
+@pytest.mark.launch
+def test_what_does_not_tokenize_as_the_run_did_is_not_exported(trained, tmp_path, monkeypatch):
+    other = SimpleNamespace(from_pretrained=lambda folder: load_tokenizer("gpt2"))
+    monkeypatch.setattr(ex, "AutoTokenizer", other)
+    with pytest.raises(UserError, match="does not tokenize as bpe4096 does: nothing exported"):
+        ex.export(trained[0], tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.skipif(not HAS_HARNESS, reason="pip install -r day25/requirements.txt (lm-evaluation-harness)")
+@pytest.mark.long
+@pytest.mark.launch
+def test_the_harness_of_eleutherai_finds_what_ours_finds(trained, tmp_path, monkeypatch):
+    ex.export(trained[0], tmp_path / "export")
+    report = json.loads((trained[0] / "evaluation.json").read_text())
+    monkeypatch.setattr("sys.argv", ["harness", str(tmp_path / "export"), "--limit", "20"])
+    harness.main()
+    scores = json.loads((tmp_path / "export_harness/harness.json").read_text())["scores"]
+    # Other windows of the same documents (ours are cut through all of them), fewer of them: alike, not equal.
+    assert scores["held_out_text"]["bits_per_byte"] == pytest.approx(report["held_out"]["bits_per_byte"], rel=0.05)
+    for name, row in zip(("acc_bytes", "acc_mutual_info"), report["multiple_choice"], strict=True):
+        assert abs(scores["held_out_choice"][name] - row["accuracy"]) < 0.11, (name, row)  # two of 20: pieces as text
+
+
+def test_without_the_harness_one_sentence_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="`pip install -r day25/requirements.txt` gets it"):
+        harness.evaluate(tmp_path, [], None, 1)
+    monkeypatch.undo()
+    if HAS_HARNESS:
+        with pytest.raises(UserError, match="is no exported model: python -m capstone.export RUN"):
+            harness.evaluate(tmp_path, [], None, 1)
 
 
 @pytest.mark.launch

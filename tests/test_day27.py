@@ -1,22 +1,27 @@
 """Day 27: the tuner's search and its trials, and each alert: unit-tested by promtool, and set off by a real fault."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections import namedtuple
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 import yaml
 from filelock import FileLock
 
 from bench.world import free_port
-from capstone import tune
+from capstone import monitor, tune
 from capstone.config import load_config
 from capstone.tune import GIB, Problem, Settings, Trials, search
 from common.errors import UserError
+from common.run_log import read_rows
 from day27 import exercise, prometheus, solution
 from day27.faults import EXPECTED
 from day27.labs import watch
@@ -81,6 +86,147 @@ def test_a_rule_that_is_wrong_fails_its_unit_test(tool, tmp_path, change):
     assert run.returncode == 1 and failed == {rule["alert"] for rule in wrong}, run.stdout + run.stderr
 
 
+# Their log lines, one every 15 s and one a minute, as larger models would have them: fine-tuning is noisy.
+HEALTHY = ["day22/results/train_2cpu.json", "day22/results/train_hf_2cpu.json", "day22/results/train_freeze_2cpu.json"]
+HEALTHY += ["day22/results/train_8b_2xh100.json", "day22/results/train_8b_2xh200.json"]
+HEALTHY += ["day25/results/train_2cpu.json", "day26/results/train_2cpu.json", "day27/results/rows_2cpu.jsonl"]
+SHOWN = {"loss": "training_loss", "grad_norm": "training_grad_norm", "tokens_per_s": "training_tokens_per_second"}
+SHOWN |= {"memory_gib": "training_memory_bytes", "limit": "training_memory_limit_bytes", "step": "training_step"}
+
+
+def test_healthy_runs_of_other_days_set_off_no_alert(tool, tmp_path):
+    cases = []
+    for file in HEALTHY:
+        text = (ROOT / file).read_text()
+        rows = [json.loads(line) for line in text.splitlines()] if file.endswith("l") else json.loads(text)["rows"]
+        rows = [row | {"limit": max(1.5, 1.05 * row["memory_gib"])} for row in rows if "loss" in row]
+        for times in (1, 4):
+            series = [
+                {"series": f'{metric}{{run="{file}"}}', "values": " ".join(f"{row[key]}x{times - 1}" for row in rows)}
+                for key, metric in SHOWN.items() if key in rows[0]
+            ]  # fmt: skip
+            checks = [
+                {"alertname": name, "eval_time": f"{15 * scrape}s", "exp_alerts": []}
+                for name in NAMES for scrape in range(0, len(rows) * times, 2)
+            ]  # fmt: skip
+            cases.append({"name": file, "interval": "15s", "input_series": series, "alert_rule_test": checks})
+    shutil.copy(ALERTS / "rules.yml", tmp_path)
+    test = {"rule_files": ["rules.yml"], "evaluation_interval": "30s", "tests": cases}
+    (tmp_path / "healthy.yml").write_text(yaml.safe_dump(test))
+    run = tool("promtool", "test", "rules", tmp_path / "healthy.yml")
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+# ---- what the alerts look at: a monitor with the engine of one rank --------------------------------------------------
+
+
+def one_rank(tmp_path, monkeypatch, step: int = 0, skipped: int = 0):
+    """A monitor as a start at `step` makes it, on a device with 80 bytes, and its engine."""
+    overrides = [f"run_dir={tmp_path}", "train.log_every=4", "train.steps=8", f"monitor.port={free_port()}"]
+    engine = SimpleNamespace(
+        device=torch.device("cpu"), dp_world_size=1, global_rank=0, skipped_steps=skipped, global_samples=0,
+        optimizer=None, monitor=SimpleNamespace(tb_monitor=None, write_events=lambda events: None),
+        zero_optimization_stage=lambda: 0, get_lr=lambda: [0.1],
+    )  # fmt: skip
+    device = SimpleNamespace(device_name=lambda: "cuda", total_memory=lambda: 80, memory_allocated=lambda: 9)
+    device.memory_reserved = lambda: 79
+    device.memory_stats = lambda: {"num_alloc_retries": device.retries}
+    device.retries = 0
+    monkeypatch.setattr(monitor, "get_accelerator", lambda: device)
+    monkeypatch.setattr(monitor, "peak_flops", lambda device: None)
+    return monitor.Monitor(load_config(overrides=overrides), engine, step, 100, 1.0), engine, device
+
+
+def shown(log) -> dict[str, float]:
+    """Everything that the endpoint says: {sample: value}, labels left out."""
+    return {sample.name: sample.value for family in log.exporter.registry.collect() for sample in family.samples}
+
+
+def targets(tmp_path) -> dict:
+    return json.loads((tmp_path / "prometheus_targets.json").read_text())[0]
+
+
+def test_counters_begin_at_0_in_every_process_and_starts_are_kept(tmp_path, monkeypatch):
+    log, engine, _ = one_rank(tmp_path, monkeypatch)
+    for step in range(1, 7):
+        engine.skipped_steps += 1
+        log.step(step, torch.tensor(1.0), 100, grad_norm=1.0)
+    first = shown(log)
+    log.exporter.close()  # and it crashes, two steps after a checkpoint
+    log, engine, _ = one_rank(tmp_path, monkeypatch, step=4, skipped=4)
+    again = shown(log)
+    assert (first["training_tokens_total"], first["training_overflow_steps_total"]) == (600, 6)
+    assert (again["training_tokens_total"], again["training_overflow_steps_total"]) == (0, 0), "400 is no new start"
+    assert again["training_tokens_created"] > first["training_tokens_created"]
+    assert (first["training_starts"], again["training_starts"]) == (1, 2)
+    rows = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 4]
+    log.exporter.close()
+
+
+def test_loss_is_the_mean_of_an_interval_and_memory_what_is_held_between_steps(tmp_path, monkeypatch):
+    log, _, device = one_rank(tmp_path, monkeypatch)
+    assert "training_memory_bytes" not in shown(log), "before the first step there are no optimizer states"
+    for step, loss in enumerate([9.0, 1.0, 2.0, 6.0], 1):
+        device.retries += 2
+        log.step(step, torch.tensor(loss), 100, grad_norm=1.0)
+    values, rows = shown(log), read_rows(tmp_path)
+    assert values["training_loss"] == 3.0 and [row["loss"] for row in rows] == [9.0, 6.0], "the log line is one step's"
+    assert values["training_memory_bytes"] == 9 and values["training_memory_limit_bytes"] == 80
+    assert values["training_allocator_retries_total"] == 8
+    assert values["training_step_seconds"] == pytest.approx(100 / rows[-1]["tokens_per_s"])
+    log.exporter.close()
+
+
+def test_a_run_is_listed_from_its_first_start_until_its_last_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["monitor", f"run_dir={tmp_path}"])
+    monitor.main()
+    nowhere = {"targets": ["localhost:0"], "labels": {"job": "training", "run": str(tmp_path)}}
+    assert targets(tmp_path) == nowhere | {"labels": nowhere["labels"] | {"state": "expected"}}
+    with pytest.raises(UserError, match="is on Prometheus's list already"):
+        monitor.main()
+    log, *_ = one_rank(tmp_path, monkeypatch)
+    assert targets(tmp_path)["labels"] == nowhere["labels"] and targets(tmp_path)["targets"] != ["localhost:0"]
+    log.step(1, torch.tensor(1.0), 100, grad_norm=1.0)
+    log.close()  # a signal has ended it
+    assert targets(tmp_path) == nowhere | {"labels": nowhere["labels"] | {"state": "stopped"}}
+    log, *_ = one_rank(tmp_path, monkeypatch, step=7)
+    log.step(8, torch.tensor(1.0), 100, grad_norm=1.0)
+    log.close()
+    assert not (tmp_path / "prometheus_targets.json").exists()
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match="has ended well"):
+        monitor.main()
+
+
+V1 = "memory/memory.limit_in_bytes"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "least"),
+    [
+        ("0::/\n", {"memory.max": "500\n"}, 500),  # a container, version 2
+        ("0::/job/step\n", {"job/memory.max": "300\n", "job/step/memory.max": "max\n", "memory.max": "900"}, 300),
+        ("3:cpu:/\n4:memory:/job\n", {V1: "900", "memory/job/memory.limit_in_bytes": "70"}, 70),
+        ("4:memory:/docker/unseen\n0::/\n", {V1: "900"}, 900),  # a container, version 1
+        ("0::/\n", {}, math.inf),
+    ],
+)  # fmt: skip
+def test_control_groups_limit_monitor_and_tuner_alike(tmp_path, monkeypatch, groups, files, least):
+    (tmp_path / "groups").write_text(groups)
+    for name, text in files.items():
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).write_text(text)
+    assert monitor.container_limit(tmp_path / "tree", tmp_path / "groups") == least
+    asked = []
+    monkeypatch.setattr(monitor, "container_limit", lambda: least)
+    monkeypatch.setattr(monitor.psutil, "virtual_memory", lambda: namedtuple("Memory", "total")(1000))
+    monkeypatch.setattr(tune, "Problem", lambda config, ranks, limit: asked.append(limit) or exit())
+    with pytest.raises(SystemExit):
+        tune.tune(SimpleNamespace(ranks=2, limit_gib=None), None, tmp_path)
+    assert asked == [int(0.95 * (min(least, 1000) // 2))]
+
+
 def test_dashboard_shows_what_the_alerts_look_at_and_its_queries_parse(tool, tmp_path):
     board = json.loads((ALERTS / "grafana.json").read_text())
     queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
@@ -104,14 +250,17 @@ def test_a_faster_clock_divides_every_duration():
     )
     rules = prometheus.scale_rules(yaml.safe_load((ALERTS / "rules.yml").read_text()), 30)["groups"][0]["rules"]
     by_name = {rule["alert"]: rule for rule in rules}
-    assert by_name["StepStalled"]["expr"].endswith("> 10.0") and by_name["CheckpointTooOld"]["expr"].endswith("> 60.0")
-    assert "[120000ms]" in by_name["LossDiverging"]["expr"] and by_name["LossDiverging"]["for"] == "6000ms"
-    assert by_name["MemoryNearLimit"]["expr"].endswith("> 0.92"), "a share is no duration"
+    stalled = "> clamp_min(10 * quantile_over_time(0.5, training_step_seconds[120000ms]), 10.0) or"
+    assert stalled in by_name["StepStalled"]["expr"] and by_name["CheckpointTooOld"]["expr"].endswith("> 60.0")
+    assert "and training_loss offset 10000ms)[120000ms:2000ms])" in by_name["LossDiverging"]["expr"]
+    assert by_name["LossDiverging"]["for"] == "6000ms"
+    assert "> 0.1 * training_memory_limit_bytes" in by_name["MemoryGrowing"]["expr"], "a share is no duration"
     for rule, plain in zip(rules, RULES, strict=True):
-        within = prometheus.seconds(plain["annotations"]["within"]) / 30 + (6 if rule["alert"] == "RankLost" else 0)
+        within = prometheus.seconds(plain["annotations"]["within"]) / 30
+        within += 8 * (rule["alert"] in ("RankLost", "CrashLoop", "RunAbsent"))
         assert prometheus.seconds(rule["annotations"]["within"]) == pytest.approx(within)
     assert by_name["RankLost"]["for"] == "8000ms", "discovery keeps its own clock: 2 s would be a false alarm"
-    assert set(EXPECTED.values()) == set(NAMES), "a fault for every alert"
+    assert set(EXPECTED.values()) == set(NAMES) - {"AllocatorRetries", "LowGoodput"}, "a fault for every other alert"
 
 
 @pytest.mark.parametrize("page", ["notes.md", "notes.zh.md"])
@@ -176,26 +325,28 @@ def test_watched_training_shows_what_rules_and_dashboard_ask_for(tmp_path):
         set(re.findall(r"^  (training_\w+)", part, re.M)) for part in run.stdout.split("as Prometheus would read")[1:]
     ]
     asked = metrics_in((ALERTS / "rules.yml").read_text()) | metrics_in((ALERTS / "grafana.json").read_text())
-    assert len(shown) == 2 and asked - {"training_mfu_ratio"} <= shown[0], "MFU has no value on CPU"
+    elsewhere = {"training_mfu_ratio", "training_allocator_retries_total"}
+    assert len(shown) == 2 and asked - elsewhere <= shown[0], "these two have no value on CPU"
     assert {"training_last_step_timestamp_seconds", "training_memory_bytes"} <= shown[
         1
     ] and "training_loss" not in shown[1]
     assert not (tmp_path / "run/prometheus_targets.json").exists(), "after a clean end nobody is missed"
 
 
-FAULTS = [["no_checkpoint@0", "memory@8", "slow@20-33", "stall@38-51", "kill@66"]]
-FAULTS += [["overflow@10-24", "diverge@26-40", "nan@42"]]
+FAULTS = [["no_checkpoint@0", "slow@20-33", "memory@34", "stall@38-51", "kill@66"]]
+FAULTS += [["steep@20-34", "diverge@40-58", "overflow@62-76", "nan@80"], ["crash@8"], ["stop@5"]]
 
 
 @pytest.mark.long
 @pytest.mark.launch
 @pytest.mark.serial
-@pytest.mark.parametrize("faults", FAULTS, ids=["systems", "numbers"])
+@pytest.mark.parametrize("faults", FAULTS, ids=["systems", "numbers", "crash", "stop"])
 @measure_again
 def test_each_fault_sets_off_its_alert_in_time_and_no_other(tmp_path, faults):
     assert {fault.partition("@")[0] for part in FAULTS for fault in part} == set(EXPECTED)
     folder = tmp_path / f"go{len(list(tmp_path.iterdir()))}"  # a busy machine is a true ThroughputDrop: go again
-    run = run_warm("day27/labs/watch.py", "--run_dir", folder, "--fault", *faults, check=False, timeout=600)
+    more = ["--speedup", 10] if faults == ["crash@8"] else []  # four starts want more than an hour / 30
+    run = run_warm("day27/labs/watch.py", "--run_dir", folder, *more, "--fault", *faults, check=False, timeout=600)
     found = json.loads((folder / "watch.json").read_text())
     assert run.code == 0, run.stdout + run.stderr
     assert [row["verdict"] for row in found["table"]] == ["in time"] * len(faults) and not found["false_alarms"]
@@ -320,7 +471,7 @@ def test_killed_between_and_within_writing_the_tuner_repeats_nothing_that_is_who
 
 
 def test_recorded_search_found_the_optimum():
-    tuned = json.loads((ROOT / "day27/results/tuned_2cpu.json").read_text())
+    tuned = json.loads((ROOT / "day27/results/grid_2cpu.json").read_text())
     assert tuned["share_of_optimum"] >= 0.95 and tuned["wrongly_pruned"] == 0
     assert tuned["search_trials"] < tuned["points"] and {row["status"] for row in tuned["table"]} >= {"ok", "no memory"}
 

@@ -17,7 +17,7 @@ from common.errors import UserError
 from day17.checkpoints import problem_with
 from day28 import exercise, solution
 from day28.labs import cost
-from day28.labs.cost import hours_per_million, machines_for
+from day28.labs.cost import ceiling, hours_per_million, machines_for
 from tests.launch import DEEPSPEED, ROOT, free_port, run_day, run_ranks
 
 NEEDS = "day 28's packages are not here: pip install -r day28/requirements.txt"
@@ -118,7 +118,7 @@ def test_the_exercise_says_what_is_wrong(number, answer, sentence, monkeypatch):
 def test_the_milestones_of_the_summary_are_tests(page):
     text = (ROOT / "day28" / page).read_text()
     milestones = re.findall(r"`(tests/test_day\d\d\.py)`: (test_\w+)", text)
-    assert len(milestones) == 12 and [file for file, _ in milestones] == sorted(file for file, _ in milestones)
+    assert len(milestones) == 20 and [file for file, _ in milestones] == sorted(file for file, _ in milestones)
     for file, name in milestones:
         assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.M), f"{file} has no {name}"
 
@@ -126,19 +126,28 @@ def test_the_milestones_of_the_summary_are_tests(page):
 def test_costs_follow_the_arithmetic(tmp_path, monkeypatch):
     assert hours_per_million(1000, 1) == pytest.approx(1e6 / 1000 / 3600)
     assert hours_per_million(1000, 0.25) == 4 * hours_per_million(1000, 1)
-    rows = [
-        {"requests_per_s": 10, "p99_s": 0.5},
-        {"requests_per_s": 12, "p99_s": 0.9},
-        {"requests_per_s": 13, "p99_s": 3},
-    ]
-    assert machines_for(25, rows, 1) == (4, rows[1])  # three at 12 a second, and a spare one
-    with pytest.raises(UserError, match="--max_p99_s 0.1: the best that was measured is 0.50 s"):
-        machines_for(25, rows, 0.1)
-    for name, flags, sentence in (
-        ("train_2cpu", [], "train_2cpu.json was not written by day28/labs/load.py"),
-        ("load_2cpu", ["--price", "-1"], "--price -1: want more than 0"),
-        ("load_2cpu", ["--peak_requests_per_s", "0"], "--peak_requests_per_s 0: want more than 0"),
+    shares = (0.5, 10, 0.4, 0), (0.8, 16, 0.9, 0), (0.9, 18, 0.9, 3), (0.95, 19, 3, 0), (1.2, 24, 0.8, 0)
+    rows = [dict(zip(("utilisation", "offered_per_s", "p99_s", "errors"), share, strict=True)) for share in shares]
+    assert ceiling(rows, 1) is rows[1]  # above it some were refused, or late; beyond 1 the queue never ends
+    assert machines_for(33, rows[1]) == 4  # three at 16 a second, and a spare one
+    with pytest.raises(UserError, match="--max_p99_s 0.1: the best that was measured is 0.40 s"):
+        ceiling(rows, 0.1)
+    with pytest.raises(UserError, match="measured at 100 % and more alone"):
+        ceiling(rows[-1:], 1)
+    (tmp_path / "load.json").write_text(
+        json.dumps({"hardware": "x", "capacity_per_s": 20, "tokens_per_answer": 5, "table": rows})
+    )
+    for path, flags, sentence in (
+        (ROOT / "day28/results/train_2cpu.json", [], "train_2cpu.json was not written by day28/labs/load.py"),
+        (tmp_path / "load.json", ["--price", "-1"], "--price -1: want more than 0"),
+        (tmp_path / "load.json", ["--peak_requests_per_s", "0"], "--peak_requests_per_s 0: want more than 0"),
+        (tmp_path / "load.json", ["--utilisation", "0.85"], "--utilisation 0.85: above 0.8, the highest measured one"),
     ):
-        monkeypatch.setattr(sys, "argv", ["cost.py", str(ROOT / f"day28/results/{name}.json"), *flags])
+        monkeypatch.setattr(sys, "argv", ["cost.py", str(path), *flags])
         with pytest.raises(UserError, match=re.escape(sentence)):
             cost.main()
+    monkeypatch.setattr(sys, "argv", ["cost.py", str(tmp_path / "load.json"), "--run_dir", str(tmp_path)])
+    cost.main()
+    found = json.loads((tmp_path / "cost.json").read_text())
+    assert (found["ceiling"], found["machines"]) == (0.8, 8)  # seven at 16 a second make 100
+    assert found["table"][0]["hours_per_million"] == pytest.approx(hours_per_million(20 * 5, 0.3))

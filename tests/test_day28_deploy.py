@@ -1,5 +1,6 @@
 """Day 28: deployment files are valid, a container's first process passes signals on, the runbook knows every alert."""
 
+import ast
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ for package in ("kubernetes_validate", "compose_spec"):
     pytest.importorskip(package, reason=NEEDS)
 
 DEPLOY = ROOT / "capstone/deploy"
+MANIFESTS = ("kubernetes-train.yaml", "kubernetes-serve.yaml")
 
 
 def parts_of(name: str) -> list[dict]:
@@ -32,18 +35,33 @@ def test_the_dockerfile_passes_hadolint_and_copies_what_is_imported(tmp_path):
     assert subprocess.run([hadolint, DEPLOY / "Dockerfile"]).returncode == 0
     (tmp_path / "Dockerfile").write_text(text.replace("FROM python:3.11-slim-bookworm", "FROM python:latest"))
     assert "DL3007" in subprocess.run([hadolint, tmp_path / "Dockerfile"], capture_output=True, text=True).stdout
-    copied, kept = (
-        set(re.findall(r"^COPY (\S+) ", text, re.M)),
-        set(re.findall(r"^!(.*)$", (DEPLOY / "Dockerfile.dockerignore").read_text(), re.M)),
-    )
+    copied = {name for name in re.findall(r"^COPY (\S+) ", text, re.M) if not name.startswith("--")}
+    kept = set(re.findall(r"^!(.*)$", (DEPLOY / "Dockerfile.dockerignore").read_text(), re.M))
     code = [path for room in ("capstone", "common", "bench") for path in ROOT.glob(f"{room}/**/*.py")]
     sources = "".join(path.read_text() for path in code)
     imported = set(re.findall(r"^ *(?:from|import) (bench|common|config|capstone|data|day\d\d)\b", sources, re.M))
-    assert (
-        imported <= copied
-        and {name for name in copied if "/" not in name} == kept
-        and all((ROOT / c).exists() for c in copied)
-    )
+    assert imported <= copied and {name for name in copied if "/" not in name} == kept
+    assert all((ROOT / name).exists() for name in copied)
+    stages = {part.split()[3]: part for part in re.split(r"^(?=FROM )", text, flags=re.M)[1:]}
+    assert "g++" in stages["train"] and not re.search(r"\b(g\+\+|gcc)\b", stages["base"] + stages["serve"])
+
+
+def test_what_the_server_imports_is_pinned():
+    pinned = {
+        re.split(r"==", line)[0].lower().replace("_", "-")
+        for name in ("requirements.txt", "capstone/serve/requirements.txt")
+        for line in (ROOT / name).read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    }
+    rooms = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    owners = packages_distributions()
+    for path in (ROOT / "capstone/serve").glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        for name in {name.split(".")[0] for name in names} - rooms - sys.stdlib_module_names:
+            owner = owners[name][0].lower().replace("_", "-")
+            assert owner in pinned, f"{path.name} imports {name}, and no requirements.txt pins {owner}"
 
 
 def test_the_compose_file_is_valid():
@@ -55,16 +73,31 @@ def test_the_compose_file_is_valid():
         check()
     with pytest.raises(ValueError, match="restrat"):
         PyCompose.from_json(json.dumps({"services": {"serve": compose["services"]["serve"] | {"restrat": "always"}}}))
+    runs = "../../runs/capstone"
     for name, service in compose["services"].items():
+        if service["image"].startswith(
+            "capstone-"
+        ):  # ours: an image of this name in a public registry is somebody else's
+            assert service["pull_policy"] == "build" and service["build"]["target"] in service["image"], name
+            assert service["read_only"] and service["tmpfs"] == ["/tmp"], f"{name}: as the checklist says"
         for volume in service.get("volumes", []):
-            source = volume.split(":")[0]
-            assert source in compose["volumes"] or source == "../../runs" or (DEPLOY / source).exists(), (
-                f"{name}: {source}"
-            )
+            source = volume["source"] if isinstance(volume, dict) else volume.split(":")[0]
+            there = source in compose["volumes"] or source.startswith(runs) or (DEPLOY / source).exists()
+            assert there, f"{name}: {source}"
+        for variable in re.findall(r"\$\{[^}]*\}", json.dumps(service)):
+            assert ":-" in variable, f"{name}: without {variable} no service would start, {name} or not"
+    (mount,) = compose["services"]["serve"]["volumes"]
+    assert mount["read_only"] and mount["target"] == "/app/" + mount["source"].removeprefix("../../")
     train = load_config(compose["services"]["train"]["command"][1], compose["services"]["train"]["command"][2:])
-    watched = yaml.safe_load((ROOT / "capstone/alerts/prometheus.yml").read_text())["scrape_configs"][0]
+    watch = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
+    training, serving = watch["scrape_configs"]
+    assert training == yaml.safe_load((ROOT / "capstone/alerts/prometheus.yml").read_text())["scrape_configs"][0]
     targets = f"../../{train.run_dir}/prometheus_targets.json"
-    assert train.monitor.port and targets in watched["file_sd_configs"][0]["files"], "Prometheus has something to read"
+    assert train.monitor.port and targets in training["file_sd_configs"][0]["files"], "Prometheus has something to read"
+    assert all((DEPLOY / rules).exists() for rules in watch["rule_files"])
+    port = serving["static_configs"][0]["targets"][0].split(":")[1]
+    assert compose["services"]["serve"]["ports"] == [f"127.0.0.1:{port}:{port}"]
+    assert serving["authorization"]["credentials_file"] == f"/run/secrets/{[*compose['secrets']][0]}"
     stop = re.search(r"(\d+)s", compose["services"]["serve"]["stop_grace_period"])[1]
     assert int(stop) > 5 + 60  # --drain_s and --grace_s
 
@@ -74,7 +107,7 @@ def test_the_manifests_fit_the_schemas_of_kubernetes(version):
     import kubernetes_validate
 
     kinds = []
-    for name in ("kubernetes-train.yaml", "kubernetes-serve.yaml"):
+    for name in MANIFESTS:
         for part in parts_of(name):
             kubernetes_validate.validate(part, version, strict=True)
             kinds.append(part["kind"])
@@ -92,7 +125,13 @@ def test_the_manifests_ask_the_server_what_it_answers():
     container = pod["containers"][0]
     probes = {kind: container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
     assert probes == {"startup": "/ready", "readiness": "/ready", "liveness": "/health"}
+    waits = [container[f"{kind}Probe"].get("timeoutSeconds", 1) for kind in ("startup", "readiness", "liveness")]
+    assert min(waits) > 2, "/ready gives the model server 2 s"
     assert pod["terminationGracePeriodSeconds"] > 10 + 60 and pod["securityContext"]["runAsNonRoot"]
+    spread = {rule["topologyKey"]: rule for rule in pod["topologySpreadConstraints"]}
+    assert set(spread) == {"kubernetes.io/hostname", "topology.kubernetes.io/zone"}
+    for rule in spread.values():
+        assert rule["labelSelector"]["matchLabels"].items() <= deployment["template"]["metadata"]["labels"].items()
     for part in parts_of("kubernetes-serve.yaml"):
         selector = part["spec"].get("selector") or part["spec"].get("podSelector")
         labels = selector.get("matchLabels", selector)
@@ -104,6 +143,26 @@ def test_the_manifests_ask_the_server_what_it_answers():
         assert parse_args().drain_s == 10
     finally:
         sys.argv = argv
+
+
+def test_pods_see_their_own_run_alone_on_a_root_that_is_read_only():
+    pods = {part["kind"]: part["spec"]["template"]["spec"] for name in MANIFESTS for part in parts_of(name)
+            if part["kind"] in ("Job", "Deployment")}  # fmt: skip
+    image = (DEPLOY / "Dockerfile").read_text()
+    for kind, pod in pods.items():
+        claims = {volume["name"]: volume.get("persistentVolumeClaim", {}).get("claimName") for volume in pod["volumes"]}
+        (container,) = pod["containers"]
+        assert container["securityContext"]["readOnlyRootFilesystem"], f"{kind}: as the checklist says"
+        mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+        assert mounts.keys() == claims.keys() and mounts["tmp"]["mountPath"] == "/tmp"
+        runs = mounts["runs"]
+        assert claims["runs"] == "capstone-runs" and runs["mountPath"] == f"/app/runs/{runs['subPath']}"
+    config = load_config(ROOT / pods["Job"]["containers"][0]["args"][1])
+    job = {mount["name"]: mount for mount in pods["Job"]["containers"][0]["volumeMounts"]}
+    assert job["runs"]["mountPath"] == f"/app/{config.run_dir}"
+    assert f"HF_HOME={job['hub']['mountPath']} " in image  # 30 GB are not downloaded again by each new pod
+    served = pods["Deployment"]["containers"][0]
+    assert f"/app/{served['args'][0]}" == served["volumeMounts"][0]["mountPath"] and runs["readOnly"]
 
 
 def test_the_slurm_script_passes_shellcheck(tmp_path):
@@ -180,11 +239,11 @@ def test_the_slurm_script_starts_every_rank_and_queues_again_what_is_not_done(tm
 
 @pytest.mark.parametrize("page", ["runbook.md", "runbook.zh.md"])
 def test_every_alert_has_its_section_in_the_runbook(page):
-    rules = yaml.safe_load((ROOT / "capstone/alerts/rules.yml").read_text())
-    alerts = [rule["alert"] for group in rules["groups"] for rule in group["rules"] if "alert" in rule]
+    rules = [yaml.safe_load((ROOT / f"capstone/{room}/rules.yml").read_text()) for room in ("alerts", "serve")]
+    alerts = [rule["alert"] for file in rules for group in file["groups"] for rule in group["rules"] if "alert" in rule]
     text = (DEPLOY / page).read_text()
-    sections = re.findall(r"^## (\w+)$", text, re.M)
-    assert sections[: len(alerts)] == alerts and len(alerts) >= 8
+    sections = re.findall(r"^## ([A-Za-z]+)$", text, re.M)
+    assert sections == alerts and len(alerts) >= 13
     for section in re.split(r"^## ", text, flags=re.M)[1 : len(alerts) + 1]:
         assert (
             re.search(r"^\*\*(Means|含义)", section, re.M) and re.search(r"^1\. ", section, re.M) and "2. " in section

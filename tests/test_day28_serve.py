@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -131,33 +132,62 @@ def test_a_second_export_does_nothing_and_another_model_is_refused(run, exported
 # --- the gateway, before a model server that is made up ---
 
 
+USAGE = {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+
+
+def gateway_before(fake: "Fake", limits: Limits = Limits(), backend: str = "", **more) -> Gateway:  # noqa: B008
+    """A gateway that asks `fake` in this process, or the one at `backend`; its context is 128 tokens."""
+    tokenizer = load_tokenizer("bpe4096")
+    tokenizer.model_max_length, tokenizer.chat_template = 128, ex.CONTINUE_TEMPLATE
+    keys = ["old-key-0123456789", KEY]
+    gateway = Gateway(backend or "http://fake", "/secret/path", "tiny", tokenizer, keys, limits, **more)
+    if not backend:
+        inside = httpx2.ASGITransport(app=fake.app)  # hands an answer over when it is whole, streams as well
+        gateway.client = httpx2.AsyncClient(base_url="http://fake", transport=inside, timeout=limits.answer_s)
+    return gateway
+
+
 class Fake:
-    """A model server that answers at once, when told, or wrongly."""
+    """A model server that answers at once, when told, or wrongly: `how` it is told, or by the text of a message."""
 
     def __init__(self) -> None:
-        self.how, self.asked, self.go = "well", [], asyncio.Event()
+        self.how, self.asked, self.ids, self.probes, self.go = "well", [], [], 0, asyncio.Event()
         self.app = Starlette(
             routes=[Route("/health", self.health), Route("/v1/chat/completions", self.chat, methods=["POST"])]
         )
 
     async def health(self, request):
+        self.probes += 1
         return PlainTextResponse("ok", 500 if self.how == "down" else 200)
 
     async def chat(self, request):
-        self.asked.append(json.loads(await request.body()))
-        if self.how == "broken":
+        asked = json.loads(await request.body())
+        self.asked.append(asked)
+        self.ids.append(request.headers["x-request-id"])
+        how = asked["messages"][-1]["content"].removeprefix("be ") if self.how == "as told" else self.how
+        if how == "broken":
             return PlainTextResponse("Internal Server Error", 500)
-        if self.how == "slow":
+        if how == "slow":
             await self.go.wait()
-        if not self.asked[-1]["stream"]:
-            return JSONResponse({"model": "/secret/path@main", "choices": [{"message": {"content": "hello"}}]})
+        if not asked["stream"]:
+            answer = {"model": "/secret/path@main", "choices": [{"message": {"content": "hello"}}], "usage": USAGE}
+            return JSONResponse(answer) if how in ("well", "slow") else PlainTextResponse(how)
 
         async def events():
             for word in ("a", "b"):
                 event = {"model": "/secret/path@main", "choices": [{"delta": {"content": word}}]}
                 yield f"data: {json.dumps(event)}\n\n"
-            if self.how == "breaks":
+            if how == "breaks":
                 yield 'data: {"error": "index out of range in "self""}\n\n'  # transformers does not escape it
+            if how == "endless":
+                await self.go.wait()
+            last = {"model": "/secret/path@main", "choices": [{"delta": {}, "finish_reason": "stop"}]}
+            if how == "well":  # it sends no [DONE] either
+                yield f"data: {json.dumps(last | {'usage': USAGE})}\n\n"
+            if how == "vllm":  # usage comes alone
+                yield f"data: {json.dumps(last)}\n\n"
+                yield f"data: {json.dumps({'choices': [], 'usage': USAGE})}\n\n"
+                yield "data: [DONE]\n\n"
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
@@ -166,14 +196,10 @@ def with_gateway(limits=Limits()):  # noqa: B008 - frozen
     """Run an async test with (client, gateway, fake model server), all in this process."""
 
     def decorate(test):
-        def runs(exported):
+        def runs():
             async def inside():
-                fake, tokenizer = Fake(), AutoTokenizer.from_pretrained(exported)
-                gateway = Gateway("http://fake", "/secret/path", "tiny", tokenizer, ["old-key-0123456789", KEY], limits)
-                transport = httpx2.ASGITransport(app=fake.app)
-                gateway.client = httpx2.AsyncClient(
-                    base_url="http://fake", transport=transport, timeout=limits.answer_s
-                )
+                fake = Fake()
+                gateway = gateway_before(fake, limits)
                 headers = {"Authorization": f"Bearer {KEY}"}
                 reach = httpx2.ASGITransport(app=gateway.app)
                 async with httpx2.AsyncClient(base_url="http://test", transport=reach, headers=headers) as client:
@@ -300,13 +326,111 @@ async def test_a_full_or_failing_server_says_so(client, gateway, fake):
 
 @with_gateway()
 async def test_a_stream_has_our_models_name_and_ends_in_words(client, gateway, fake):
-    for how, end in (("well", "[DONE]"), ("breaks", "model_server_failed")):
+    for how, end in (("well", "[DONE]"), ("breaks", "model_server_failed"), ("cut", "model server went away")):
         fake.how = how
         answer = await client.post("/v1/chat/completions", json=message(stream=True))
         events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
         said = [json.loads(event) for event in events[:2]]
         assert [event["choices"][0]["delta"]["content"] for event in said] == ["a", "b"]
         assert {event["model"] for event in said} == {"tiny"} and "secret" not in answer.text and end in events[-1]
+
+
+@with_gateway()
+async def test_a_request_names_the_base_or_an_adapter(client, gateway, fake):
+    gateway.served["chat"] = "/secret/chat"
+    for name, asked in ((None, "/secret/path"), ("tiny", "/secret/path"), ("chat", "/secret/chat")):
+        for stream in (False, True):
+            answer = await client.post("/v1/chat/completions", json=message(model=name, stream=stream))
+            assert fake.asked[-1]["model"] == asked and "secret" not in answer.text
+            assert f'"model": "{name or "tiny"}"' in answer.text.replace('":"', '": "')
+    assert "there is no model 'other' here, only 'tiny', 'chat'" in (await post(client, message(model="other")))[2].text
+
+
+@with_gateway()
+async def test_what_clients_of_openai_send_is_answered(client, gateway, fake):
+    parts = [{"type": "text", "text": "The whale"}, {"type": "text", "text": "swims"}]
+    developer, user = {"role": "developer", "content": "Be brief"}, {"role": "user", "content": parts, "name": "me"}
+    habits = {"n": 1, "user": "u", "presence_penalty": 0, "frequency_penalty": 0.0, "logprobs": False, "store": False}
+    habits |= {"response_format": {"type": "text"}, "metadata": {"a": "b"}, "stream_options": None, "stream": None}
+    status, _, answer = await post(client, {"messages": [developer, user], "stop": "\n", **habits})
+    assert status == 200, answer.text
+    said = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "The whale\nswims"}]
+    passed = {"messages": said, "stop": ["\n"], "stream": False, "model": "/secret/path"}
+    assert {key: fake.asked[-1][key] for key in passed} == passed and set(fake.asked[-1]) == {*passed, "max_tokens"}
+    for changes in ({"n": 2}, {"presence_penalty": 0.5}, {"logprobs": True}, {"response_format": {"type": "json"}}):
+        assert (await post(client, message(**changes)))[:2] == (422, "invalid_value"), changes
+    gateway.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"  # as some models' do
+    status, code, answer = await post(client)
+    assert (status, code) == (422, "invalid_value") and "messages: roles must alternate" in answer.text
+    gateway.tokenizer.chat_template = ex.CONTINUE_TEMPLATE
+    image = [{"type": "image_url", "image_url": {"url": "x"}}]
+    status, _, answer = await post(client, {"messages": [{"role": "user", "content": image}]})
+    assert status == 422 and "messages.0.content: only parts of the form {type: text" in answer.text
+    for how, with_usage in (("well", True), ("well", False), ("vllm", True), ("vllm", False)):
+        fake.how = how
+        asked = message(stream=True, stream_options={"include_usage": with_usage})
+        answer = await client.post("/v1/chat/completions", json=asked)
+        events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        counted = [event for event in events if "usage" in event]
+        found = [{"choices": event["choices"], "usage": event["usage"]} for event in counted]
+        assert found == ([{"choices": [], "usage": USAGE}] if with_usage else []), how
+        assert fake.asked[-1]["stream_options"] == {"include_usage": True}  # vLLM counts on demand alone
+        assert with_usage or all(event["choices"] for event in events), how  # clients take the first of them
+
+
+@with_gateway(Limits(max_in_flight=2))
+async def test_answers_that_are_none_cost_no_place(client, gateway, fake):
+    for wrong in ("[1]", '{"a": NaN}', '{"a": 1e999}', "hello", "", "[" * 5000):
+        fake.how = wrong
+        assert (await post(client))[:2] == (502, "model_server_failed"), wrong
+        assert gateway.in_flight == 0, wrong
+
+
+@with_gateway(Limits(max_in_flight=1))
+async def test_who_hangs_up_leaves_his_place(client, gateway, fake):
+    fake.how, left, sent = "slow", asyncio.Event(), []
+    headers = [(b"authorization", f"Bearer {KEY}".encode())]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers, "query_string": b""}
+    body = [{"type": "http.request", "body": json.dumps(message()).encode()}]
+
+    async def receive():
+        if body:
+            return body.pop()
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(event):
+        sent.append(event)
+
+    task = asyncio.create_task(gateway.app(scope, receive, send))
+    while not fake.asked:
+        await asyncio.sleep(0.01)
+    assert (await post(client))[0] == 503
+    left.set()
+    await asyncio.wait_for(task, 5)
+    assert gateway.in_flight == 0 and sent[0]["status"] == 499
+
+
+@with_gateway()
+async def test_strangers_cannot_make_the_gateway_ask(client, gateway, fake):
+    answers = await asyncio.gather(*(client.get("/ready", headers={"Authorization": ""}) for _ in range(50)))
+    assert {answer.status_code for answer in answers} == {200} and fake.probes == 1
+
+
+@with_gateway()
+async def test_a_long_text_stops_nobody_else(client, gateway, fake):
+    tokenize, others, in_time = gateway.tokenizer.apply_chat_template, threading.Event(), []
+
+    def slow(*args, **more):
+        in_time.append(others.wait(5))
+        return tokenize(*args, **more)
+
+    gateway.tokenizer.apply_chat_template = slow
+    task = asyncio.create_task(post(client))
+    await asyncio.sleep(0.05)
+    assert (await client.get("/health")).status_code == 200
+    others.set()
+    assert (await task)[0] == 200 and in_time == [True]
 
 
 def start(monkeypatch, *arguments: object, key: str = KEY) -> None:
@@ -366,13 +490,19 @@ def memory_mib(process) -> float:
 def test_openais_own_client_gets_an_answer(server):
     text = chat(server[0], KEY, "The whale", max_tokens=12)
     assert isinstance(text, str) and text
-    from openai import AuthenticationError, OpenAI
+    from openai import AuthenticationError, NotFoundError, OpenAI, UnprocessableEntityError
 
     client = OpenAI(base_url=f"{server[0]}/v1", api_key=KEY)
     asked = {"model": "capstone-tiny", "messages": message()["messages"], "max_tokens": 9, "temperature": 0}
     whole = client.chat.completions.create(**asked).choices[0].message.content
     pieces = [event.choices[0].delta.content or "" for event in client.chat.completions.create(**asked, stream=True)]
     assert "".join(pieces) == whole and len(pieces) > 5
+    *_, last = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    assert last.choices == [] and last.usage.completion_tokens == 9
+    assert [entry.id for entry in client.models.list()] == ["capstone-tiny"]
+    for error, wrong in ((NotFoundError, {"model": "other"}), (UnprocessableEntityError, {"n": 2})):
+        with pytest.raises(error):
+            client.chat.completions.create(**asked | wrong)
     with pytest.raises(AuthenticationError):
         OpenAI(base_url=f"{server[0]}/v1", api_key="wrong-key-0123456789").models.list()
 
@@ -492,19 +622,57 @@ def test_the_chat_page_in_chromium(server, browser):
 def test_load_counts_what_it_sends(server, exported, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loading, "running_server", lambda *_: nullcontext(server))
     monkeypatch.setattr(loading.secrets, "token_urlsafe", lambda _: KEY)
-    flags = ["--clients", "1", "3", "--requests", "6", "--tokens", "3", "--run_dir", str(tmp_path), str(exported)]
-    monkeypatch.setattr(sys, "argv", ["load.py", *flags])
+    flags = ["--utilisation", "0.5", "0.9", "--requests", "12", "--tokens", "3", "--run_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["load.py", *flags, str(exported)])
     loading.main()
-    rows = json.loads((tmp_path / "load.json").read_text())["table"]
-    sent = [(row["clients"], row["requests"], row["errors"], row["statuses"]) for row in rows]
-    assert sent == [(1, 6, 0, {"200": 6}), (3, 6, 0, {"200": 6})]
-    for row in rows:
+    found = json.loads((tmp_path / "load.json").read_text())
+    sent = [(row["utilisation"], row["requests"], row["errors"], row["statuses"]) for row in found["table"]]
+    assert sent == [(0.5, 12, 0, {"200": 12}), (0.9, 12, 0, {"200": 12})]
+    for row in found["table"]:
         assert 0 < row["first_token_p50_s"] <= row["p50_s"] <= row["p99_s"] and row["before_mib"] > 100
-        assert row["tokens_per_s"] / row["requests_per_s"] == pytest.approx(3, abs=0.5)  # or an end of text
-    assert (tmp_path / "load.png").exists() and capsys.readouterr().out.count(" clients  ") == 2
+        assert row["theory_s"] > found["alone_s"] > 0
+    assert found["tokens_per_answer"] == pytest.approx(3, abs=0.5)  # or an end of text
+    assert (tmp_path / "load.png").exists() and "answers/s of" in capsys.readouterr().out
     monkeypatch.setattr(loading.secrets, "token_urlsafe", lambda _: "wrong-key-0123456789")
-    with pytest.raises(UserError, match=r"no request of 6 was answered: \{'401': 6\}"):
+    with pytest.raises(UserError, match=r"no request of 8 was answered: \{'401': 8\}"):
         loading.main()
+
+
+def test_requests_come_whether_others_are_answered_or_not():
+    """The difference between the loops: a server that stands still is asked no more in one, as before in the other."""
+
+    def waits(loop):
+        async def inside():
+            free, done = asyncio.Lock(), []
+
+            async def ask(number, due):
+                async with free:  # one at a time
+                    await asyncio.sleep(0.2 if not done else 0)
+                    done.append(number)
+                return time.perf_counter() - due
+
+            return await loop(ask)
+
+        return asyncio.run(inside())
+
+    due = [0.01 * number for number in range(10)]
+    closed, opened = waits(lambda ask: loading.closed_loop(ask, 1, 10)), waits(lambda ask: loading.open_loop(ask, due))
+    assert sum(wait > 0.05 for wait in closed) == 1 and sum(wait > 0.05 for wait in opened) == 10
+    assert opened[9] > 0.09  # counted from when it was due, not from when its turn came
+
+
+def test_arrivals_are_by_chance_and_waiting_follows_the_formula():
+    due = loading.poisson(50, 20_000, seed=0)
+    gaps = [after - before for before, after in zip(due, due[1:], strict=False)]
+    mean = sum(gaps) / len(gaps)
+    spread = (sum((gap - mean) ** 2 for gap in gaps) / len(gaps)) ** 0.5
+    assert mean == pytest.approx(1 / 50, rel=0.03) and spread == pytest.approx(mean, rel=0.05)  # exponential
+    free_at, waited = 0.0, 0.0
+    for at in due:  # a queue before one server that takes 16 ms: busy for 80 % of the time
+        begins = max(at, free_at)
+        free_at, waited = begins + 0.016, waited + begins - at
+    assert loading.theory(0.02, 0.016, 0.8) - 0.02 == pytest.approx(waited / len(due), rel=0.1)
+    assert loading.theory(0.02, 0.016, 1.0) is None
 
 
 @pytest.mark.launch

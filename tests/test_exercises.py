@@ -25,9 +25,10 @@ def test_exercise_has_todos_and_solution_has_none(day):
 @pytest.mark.launch
 @pytest.mark.parametrize("day", DAYS)
 def test_unsolved_exercise_fails_and_says_what_to_do(day):
-    run = run_ranks(f"{day}/exercise.py", check=False)
+    run = run_ranks(f"{day}/exercise.py", check=False, LC_ALL="zh_CN.UTF-8")
     assert run.code != 0 and "solved" not in run.stdout
     assert re.match(SAID.get(day, FIRST_OPEN), error_line(run)), error_line(run)
+    assert re.search(r"^错误：还差一步：", run.stderr, re.M), "a Chinese reader gets a second line"
 
 
 @pytest.mark.launch

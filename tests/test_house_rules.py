@@ -1,6 +1,7 @@
 """The rules that keep standalone scripts alike (DESIGN: a day, the bright line). Plain text checks."""
 
 import ast
+import math
 import re
 import shutil
 import subprocess
@@ -159,6 +160,21 @@ def test_common_is_free_of_deepspeed():
         path.name for path in ROOT.glob("common/*.py") if "deepspeed" in imported_modules(ast.parse(path.read_text()))
     }
     assert importing == {"cpu.py"}, "the lesson lives in dayXX/; cpu.py alone may touch deepspeed"
+
+
+def test_each_rank_takes_its_gpu_before_it_joins():
+    """Or every rank's GPU is number 0, and NCCL refuses to gather an object, on machines that tests do not have."""
+    late = set()
+    for code in CODE:
+        lines = {"takes": [math.inf], "joins": [math.inf]}
+        for node in ast.walk(ast.parse(code.read_text())):
+            name = isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name in ("set_device", "set_device_index"):
+                lines["takes"].append(node.lineno)
+            elif name in ("init_distributed", "init_process_group") and "'gloo'" not in ast.unparse(node):
+                lines["joins"].append(node.lineno)
+        late |= {by_name(code)} if min(lines["joins"]) < min(lines["takes"]) else set()
+    assert late == {"day07/train.py", "day24/train.py"}  # zero.Init takes it; so does the caller, main(), further down
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed: sudo apt-get install make")

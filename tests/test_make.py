@@ -107,6 +107,7 @@ def test_torch_is_installed_first_and_kept(tmp_path):
     pin = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch=="))
     for torch, words in (
         ("--index-url file:///cpu", f"--index-url file:///cpu {pin}"),
+        ("--find-links /wheels", f"--find-links /wheels {pin}"),
         ("torch==2.11.0", "torch==2.11.0"),
         ("/some/torch-2.11.0-cp311.whl", "/some/torch-2.11.0-cp311.whl"),
         ("", "/some/torch-2.11.0-cp311.whl"),  # requirements.txt changed: the choice holds

@@ -1,12 +1,12 @@
-"""Day 07: from 0.4x to 1x - ZeRO-3 beside FSDP2 on the same batches, change by change, and where a step's time goes.
+"""Day 07: how fast is ZeRO-3 - beside FSDP2 and ZeRO-2, with DeepSpeed's defaults, leaf modules, and tuned alike.
 
-From the repository root, on GPUs (on two CPU processes it runs as well, and its figures mean nothing):
+From the repository root; the second on two GPUs of 140 GB, eight minutes or so:
 
-    deepspeed --num_accelerators 2 day07/labs/speed.py --model gpt2-xl --cases fsdp2 zero2 defaults leaf tuned
-    deepspeed --num_accelerators 2 day07/labs/speed.py --cases fsdp2 defaults leaf --steps 8 --micro_batch 2
+    deepspeed --num_accelerators 2 day07/labs/speed.py --cases fsdp2 zero2 leaf --llama tiny --steps 4 --window 2
+    deepspeed --num_accelerators 2 day07/labs/speed.py --model gpt2-xl --micro_batch 8 24 --llama 8b
 
-Expect a table: tokens/s a rank, ratio to the first case, memory, loss; with --profile, where the time of a step went.
-All cases are in memory at once (five of GPT-2 XL fit into 80 GB) and take turns.
+Expect a row a case and size: tokens/s a rank, ratio to the first case, memory, loss; with --profile, where a step's
+time went. GPT-2s are in memory at once and take turns (seven of GPT-2 XL need 110 GB); Llamas come one by one.
 Checked with deepspeed 0.19.8. Source: deepspeed/runtime/zero/parameter_offload.py, partitioned_param_coordinator.py.
 """
 
@@ -14,7 +14,8 @@ import argparse
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,9 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
+from transformers import LlamaConfig, LlamaForCausalLM
 
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
@@ -38,11 +41,19 @@ from common.model import build_model, get_preset
 from common.ranks import over_ranks, print0
 from common.run_log import default_run_dir
 from config.read import read_config
-from day07.loops import build_deepspeed, build_fsdp2
+from day07.loops import blocks_of, build_deepspeed, build_fsdp2
 
-LEAF = {"leaf_module": {"classes": ["transformers.models.gpt2.modeling_gpt2.GPT2Block"]}}
+LEAF_CLASSES = ["gpt2.modeling_gpt2.GPT2Block", "llama.modeling_llama.LlamaDecoderLayer"]
+LEAF = {"leaf_module": {"classes": [f"transformers.models.{name}" for name in LEAF_CLASSES]}}
 LIVE = {"stage3_max_live_parameters": 4_000_000_000, "stage3_max_reuse_distance": 4_000_000_000}
 BUCKETS = {"reduce_bucket_size": 100_000_000, "stage3_prefetch_bucket_size": 100_000_000}
+# Llamas by size: hidden, intermediate, layers, heads, those of k and v; vocabulary, tokens of a sequence, tokenizer.
+# 8b is the shape of Llama 3.1 8B.
+LLAMAS = {
+    "tiny": ((64, 192, 2, 4, 2), 4096, 128, "bpe4096"),
+    "8b": ((4096, 14336, 32, 32, 8), 128_256, 4096, "gpt2"),
+}
+LLAMA_BATCH = 2  # sequences a rank
 # case: (what it starts from, what it changes in zero_optimization, what it changes in the model)
 RUNGS = {
     "fsdp2": (None, None, ()),
@@ -61,20 +72,22 @@ RUNGS = {
     "tuned": ("leaf", {"contiguous_gradients": False}, ("compiled", "reentrant")),
     "granularity": ("defaults", {"stage3_module_granularity_threshold": 4_000_000}, ()),  # wrong on CUDA: the notes
 }
+MAIN = ["fsdp2", "fsdp2_tuned", "zero2", "zero2_tuned", "defaults", "leaf", "tuned"]  # those of the page's table
 COLUMNS = {
-    "micro": "micro_batch:d", "tok/s": "tokens_per_s:.0f", "ratio": "ratio:.3f", "held GiB": "held_bytes:GiB",
-    "peak GiB": "peak_bytes:GiB", "last loss": "losses.-1:.4f",
+    "model": "model:s", "micro": "micro_batch:d", "tok/s": "tokens_per_s:.0f", "ratio": "ratio:.3f",
+    "held GiB": "held_bytes:GiB", "peak GiB": "peak_bytes:GiB", "last loss": "losses.-1:.4f",
 }  # fmt: skip
 HOOKS = [f"{when}_sub_module_{way}_function" for when in ("pre", "post") for way in ("forward", "backward")]
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=RUNGS, default=[*RUNGS][:-1], help="what to train, by turns")
+    parser.add_argument("--cases", nargs="+", choices=RUNGS, default=MAIN, help="what to train")
     parser.add_argument("--profile", nargs="*", choices=RUNGS, default=[], help="cases to look into for one more step")
     parser.add_argument("--micro_batch", nargs="+", type=int, default=[8], help="sequences a rank; several: one by one")
-    parser.add_argument("--steps", type=int, default=16, help="optimizer steps (not micro-batches)")
-    parser.add_argument("--window", type=int, default=4, help="steps that a case takes before the next one's turn")
+    parser.add_argument("--llama", choices=LLAMAS, help="after the GPT-2: a Llama of this size, case by case")
+    parser.add_argument("--steps", type=int, default=9, help="optimizer steps (not micro-batches)")
+    parser.add_argument("--window", type=int, default=3, help="steps that a case takes before the next one's turn")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     parser.add_argument("--run_dir", default=default_run_dir("day07"), help="folder for speed.json, plot and traces")
@@ -109,21 +122,33 @@ class Rung:
     memory: dict[str, int] = field(default_factory=dict)  # held_bytes, peak_bytes; empty on CPUs
 
 
-def build(case: str, vocab_size: int, args: argparse.Namespace, device: torch.device) -> Rung:
+def fresh_model(name: str, vocab_size: int) -> torch.nn.Module:
+    """A preset of common/model.py, or the Llama `llama-SIZE`, with fresh weights."""
+    if not name.startswith("llama-"):
+        return build_model(name, vocab_size)
+    (hidden, intermediate, layers, heads, kv_heads), vocab_size, tokens, _ = LLAMAS[name.removeprefix("llama-")]
+    shape = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    shape |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": tokens}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, use_cache=False, **shape))
+    model.loss_type = "ForCausalLM"
+    return model
+
+
+def build(case: str, model_name: str, vocab_size: int, args: argparse.Namespace, device: torch.device) -> Rung:
     _, zero, changes = RUNGS[case]
     before = get_accelerator().memory_allocated()
     torch.manual_seed(args.seed)
     with device:
-        model = build_model(args.model, vocab_size)
+        model = fresh_model(model_name, vocab_size)
     model.gradient_checkpointing_enable({"use_reentrant": "reentrant" in changes})
     if "compiled" in changes:  # what runs inside the hooks; all blocks share the code
         # By default eight variants of a function for all cases and micro-batches together; later ones would run eager.
         torch._dynamo.config.recompile_limit = 64
         # Nobody changes the modules between two steps: checking that in each call would cost the host time.
         options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        for block in model.transformer.h:
+        for block in blocks_of(model):
             block.forward = torch.compile(block.forward, options=options)
-    facts = {"case": case, "model_changes": sorted(changes)}
+    facts = {"case": case, "model": model_name, "model_changes": sorted(changes)}
     if zero is None:
         rung = Rung(build_fsdp2(model, 1e-4, bf16=True)[0], None, facts)
     else:
@@ -203,28 +228,87 @@ def look_into(rung: Rung, batch: dict, folder: Path) -> dict[str, dict[str, floa
     return found
 
 
-def measure(micro_batch: int, running: dict[str, Rung], blocks, args: argparse.Namespace, device, table: Table) -> None:
-    """Train all cases by turns with this micro-batch; add their rows to the table."""
+def measure(
+    micro_batch: int, running: dict[str, Rung], blocks, look: bool, args: argparse.Namespace, device: torch.device
+) -> list[dict]:
+    """Train all cases by turns with this micro-batch: a row each. `look`: into those of --profile, afterwards."""
     loader = DataLoader(blocks, micro_batch, sampler=DistributedSampler(blocks, seed=args.seed))  # own blocks
     batches = {case: endless_batches(loader) for case in running}
     windows = {case: partial(train_window, rung, batches[case], args.window, device) for case, rung in running.items()}
     turns = take_turns(windows, -(-args.steps // args.window))
-    first_ms = None
+    rows = []
     for case, rung in running.items():
         steps = [step for _, window in turns[case] for step in window]
         step_ms = [milliseconds for milliseconds, _ in steps]
         losses = [loss for _, loss in steps]
-        row = rung.facts | rung.memory | {"micro_batch": micro_batch, "losses": losses, "step_ms": step_ms}
-        row["median_ms"] = slowest_median(step_ms, device, warm_up=args.window)  # the first turn warms up
-        first_ms = first_ms or row["median_ms"]
-        row["ratio"] = first_ms / row["median_ms"]
+        row = rung.facts | rung.memory | {"micro_batch": micro_batch, "tokens": blocks.block_size, "losses": losses}
+        row |= {"step_ms": step_ms, "median_ms": slowest_median(step_ms, device, warm_up=args.window)}  # 1st: warm-up
         row["tokens_per_s"] = micro_batch * blocks.block_size / row["median_ms"] * 1e3
         looks = {}
-        if case in args.profile and micro_batch == args.micro_batch[-1]:  # later ones would meet the clocks it leaves
+        if look and case in args.profile:  # the last time: whoever came later would meet the clocks that it leaves
             looks = look_into(rung, to_device(next(batches[case]), device), Path(args.run_dir))
-        table.add(row | looks)
-        for kind, milliseconds in looks.items():
-            print0(f"    {kind}: {' | '.join(f'{name} {value:.1f}' for name, value in milliseconds.items())}")
+        rows.append(row | looks)
+    return rows
+
+
+def finish(row: dict, table: Table) -> dict:
+    """The row with its ratio to the first case of this size. Prints what a look into the case has shown."""
+    size = row["model"], row["micro_batch"]
+    same = [other for other in table.rows if (other["model"], other["micro_batch"]) == size and "error" not in other]
+    for kind in ("trace_ms", "host_ms"):
+        if kind in row:
+            print0(f"    {kind}: {' | '.join(f'{name} {value:.1f}' for name, value in row[kind].items())}")
+    return row | {"ratio": (same or [row])[0]["median_ms"] / row["median_ms"]}
+
+
+def live_storages(device: torch.device) -> dict[int, torch.UntypedStorage]:
+    """{address: storage} of the tensors alive on `device`.
+
+    `bench.held` walks them too, but stops at what torch.compile keeps of tracing a Llama: a shape without a storage.
+    """
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        tensor = thing._local_tensor if type(thing) is DTensor else thing  # FSDP2's: this rank's part
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == device.type:
+            with suppress(RuntimeError):  # of data_ptr(), where there is no storage
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+    return found
+
+
+def empty(device: torch.device, keep: Collection[int]) -> None:
+    """Empty what came after `keep`, `live_storages(device)` of before: stage 3's tensors survive `engine.destroy()`."""
+    torch._dynamo.reset()  # compiled code may hold some of it
+    for address, storage in live_storages(device).items():
+        if address not in keep and storage.resizable():
+            storage.resize_(0)
+    get_accelerator().empty_cache()
+
+
+def train_together(args: argparse.Namespace, device: torch.device, table: Table) -> None:
+    """All cases of the GPT-2 in memory at once, by turns, with each micro-batch."""
+    preset = get_preset(args.model)
+    tokenizer = load_tokenizer(preset.tokenizer)
+    blocks, _ = load_corpus(args.corpus, tokenizer, preset.block_size)
+    running = {case: build(case, args.model, len(tokenizer), args, device) for case in args.cases}
+    for micro_batch in args.micro_batch:
+        look = micro_batch == args.micro_batch[-1] and not args.llama
+        for row in measure(micro_batch, running, blocks, look, args, device):
+            table.add(finish(row, table))
+
+
+def train_one_by_one(args: argparse.Namespace, device: torch.device, table: Table) -> None:
+    """The cases of the Llama, each alone in memory: two of eight billion parameters do not fit side by side."""
+    *_, tokens, tokenizer = LLAMAS[args.llama]
+    blocks, _ = load_corpus(args.corpus, load_tokenizer(tokenizer), tokens)
+    name = f"llama-{args.llama}"
+    for case in args.cases:
+        kept = live_storages(device)
+        with table.row(case, model=name, micro_batch=LLAMA_BATCH) as row:
+            running = {case: build(case, name, 0, args, device)}
+            row |= finish(measure(LLAMA_BATCH, running, blocks, True, args, device)[0], table)
+        running = None
+        empty(device, kept)
 
 
 def main() -> None:
@@ -234,17 +318,16 @@ def main() -> None:
     if missing := set(args.profile) - set(args.cases):
         raise UserError(f"--profile {' '.join(sorted(missing))}: only a case that is trained; add it to --cases")
     device = join_world()
-    preset = get_preset(args.model)
-    tokenizer = load_tokenizer(preset.tokenizer)
-    blocks, _ = load_corpus(args.corpus, tokenizer, preset.block_size)
     gc.freeze()  # the libraries' million objects: the garbage collector need not look at them in each step
-    running = {case: build(case, len(tokenizer), args, device) for case in args.cases}
     ranks = dist.get_world_size()
     table = Table(Path(args.run_dir) / "speed.json", COLUMNS, ranks=ranks, model=args.model)
-    for micro_batch in args.micro_batch:
-        measure(micro_batch, running, blocks, args, device, table)
-    title = f"{args.model}, {ranks} ranks"
-    table.bars("tokens_per_s", "tokens/s a rank", title, name="speed", label="{case}, {micro_batch}")
+    kept = live_storages(device)
+    train_together(args, device, table)
+    if args.llama:
+        empty(device, kept)
+        train_one_by_one(args, device, table)
+    title = f"{ranks} ranks"
+    table.bars("tokens_per_s", "tokens/s a rank", title, name="speed", label="{model} {micro_batch}, {case}")
     table.close()
     dist.destroy_process_group()
 

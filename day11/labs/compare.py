@@ -171,7 +171,7 @@ def main() -> None:
     print0(
         "MB on the rank that holds most; saved: for the backward pass; diff: largest of the losses to the first case's"
     )
-    folder, title = Path(args.run_dir), f"{args.model}, {num_ranks} ranks"
+    folder, title = Path(args.run_dir), f"{args.model}, {num_ranks} rank{'s' * (num_ranks > 1)}"
     table = Table(folder / "compare.json", COLUMNS, width=20, ranks=num_ranks, model=args.model)
     for case in args.cases:
         kept = live_tensors(device)

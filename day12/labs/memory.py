@@ -111,7 +111,7 @@ class Timeline:
 
 def plot(samples: list[dict], path: Path, title: str) -> None:
     """Stack the kinds, sample by sample; name the moments of the last step."""
-    figure, axes = plt.subplots(figsize=(10, 4.5))
+    figure, axes = plt.subplots(figsize=(8, 4))
     kinds = [kind for kind in KINDS if any(sample.get(kind) for sample in samples)]
     x = range(len(samples))
     axes.stackplot(x, [[s.get(kind, 0) / 1e6 for s in samples] for kind in kinds], labels=kinds, step="mid")
@@ -122,10 +122,12 @@ def plot(samples: list[dict], path: Path, title: str) -> None:
     for start in starts:
         axes.axvline(start, color="black", linewidth=0.5)
     shown = [i for i in x if samples[i]["step"] == samples[-1]["step"]] if len(samples) <= 60 else starts
-    axes.set_xticks(shown, [samples[i]["when"] for i in shown], rotation=90, fontsize=7)
+    axes.set_xticks(shown, [samples[i]["when"] for i in shown], rotation=90)
     axes.set(ylabel="MB on rank 0", title=title)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5))  # in the order of the stack
     figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
 
 
 def main() -> None:

@@ -68,7 +68,8 @@ def trial(case: str, limit_gib: float | None, args: argparse.Namespace) -> dict:
         if complaint := re.search(r"^no memory: rank \d+: (.*)$", rank.stdout, re.M):
             return {"error": complaint[1]}
     failed = next((rank for rank in ended if rank.returncode > 0), ended[0])
-    said = failed.stderr.strip().splitlines() or [f"exit code {failed.returncode}"]
+    lines = failed.stderr.strip().splitlines() or [f"exit code {failed.returncode}"]
+    said = [line for line in lines if line.startswith("error: ")] or lines
     raise UserError(f"trial {case} failed, and not for want of memory: {said[-1].removeprefix('error: ')}")
 
 

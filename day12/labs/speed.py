@@ -7,9 +7,9 @@ From the repository root, on one GPU (on one CPU process it runs with what a CPU
     git clone https://github.com/karpathy/nanoGPT ../nanoGPT
     deepspeed --num_accelerators 1 day12/labs/speed.py --model gpt2 --micro_batch 32 --turns 21 --nanogpt ../nanoGPT
 
-Expect a table: tokens/s, MFU, peak memory and the loss, a rung a line; then the last rung and PyTorch's loop take turns
-for a fair ratio, with the largest difference of their losses. Each rung keeps the changes of those before it. nanoGPT,
-where you have a clone of it, is measured in the same run.
+Expect a table: tokens/s, MFU, peak memory and the loss, a line per rung; each keeps the changes of those before. With
+--turns the last rung and PyTorch's loop are measured alternately, for a fair ratio, with the largest difference of
+their losses. nanoGPT, where you have a clone of it, is measured in the same run. day12/speed.md reads the figures.
 Checked with deepspeed 0.19.8. Source: deepspeed/runtime/engine.py (_take_model_step, allreduce_gradients).
 """
 
@@ -17,7 +17,6 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -44,6 +43,7 @@ from common.errors import UserError, clear_errors
 from common.model import Preset, build_model, get_preset
 from common.ranks import print0
 from common.run_log import default_run_dir
+from day12.fast import clip_with_pytorch, skip_averaging
 from day12.gpt import GPT, build_gpt, parameter_groups
 from day12.resources import peak_flops
 from day12.torch_loop import ADAMW, build_torch
@@ -70,7 +70,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=cases, default=cases, help="what to train, in this order")
     parser.add_argument("--profile", nargs="*", choices=cases, default=[], help="cases to look into for one more step")
     parser.add_argument(
-        "--turns", type=int, default=0, help="windows that the last rung and PyTorch's loop take by turns"
+        "--turns", type=int, default=0, help="windows of the last rung and of PyTorch's loop, measured alternately"
     )
     parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT, to measure its model as well")
     parser.add_argument("--micro_batch", type=int, default=8, help="sequences a rank and micro-batch")
@@ -133,7 +133,7 @@ def build(case: str, vocab_size: int, args: argparse.Namespace, device: torch.de
         return build_torch(model, compiled)
     config = {
         "train_micro_batch_size_per_gpu": args.micro_batch,
-        "gradient_clipping": 0.0 if "foreach_clip" in on else 1.0,
+        "gradient_clipping": 1.0,
         "optimizer": {"type": "AdamW", "params": {**ADAMW, "torch_adam": True, "fused": True}},
         "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
         "timers": {"throughput": {"enabled": "no_timer" not in on}},
@@ -141,14 +141,14 @@ def build(case: str, vocab_size: int, args: argparse.Namespace, device: torch.de
     engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model), config=config)
     if compiled:
         engine.compile()
-    alone = "no_average" in on and engine.dp_world_size == 1
+    if "foreach_clip" in on:
+        clip_with_pytorch(engine)
+    if "no_average" in on:
+        skip_averaging(engine)
 
     def train_step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        with engine.no_sync() if alone else nullcontext():
-            loss = engine(**batch).loss
-            engine.backward(loss)
-        if "foreach_clip" in on:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        loss = engine(**batch).loss
+        engine.backward(loss)
         engine.step()
         return loss.detach()
 
@@ -217,8 +217,8 @@ def measure(setting: Setting, case: str, row: dict) -> None:
         row["gpu_ms"] = look_into_a_step(lambda: train_step(batch), trace)
 
 
-def by_turns(setting: Setting, cases: list[str]) -> dict:
-    """The cases by turns, a window each; their figures, and how much faster than the others the last rung is."""
+def alternately(setting: Setting, cases: list[str]) -> dict:
+    """A window of each case in turn; their figures, and how much faster than the others the last rung is."""
     built = {case: setting.build(case) for case in cases}
     steps = {case: lambda both=both: setting.window(*both) for case, both in built.items()}
     runs = take_turns(steps, setting.args.turns)
@@ -230,11 +230,11 @@ def by_turns(setting: Setting, cases: list[str]) -> dict:
     apart = losses_apart(losses, found["torch"]["losses"])
     ratios = {case: ratio(runs[case], runs["no_average"]) for case in cases if case != "no_average"}
     how_far = f"losses at most {apart:.4f} apart over {len(losses)} steps"
-    print0(f"DeepSpeed / PyTorch, by turns: {ratios['torch']:.4f} | {how_far}")
+    print0(f"DeepSpeed / PyTorch, alternately: {ratios['torch']:.4f} | {how_far}")
     found |= {"ratio": ratios["torch"], "losses_apart": apart}
     if "nanogpt" in ratios:
         found["ratio_nanogpt"] = ratios["nanogpt"]
-        print0(f"DeepSpeed / nanoGPT, by turns: {ratios['nanogpt']:.4f}")
+        print0(f"DeepSpeed / nanoGPT, alternately: {ratios['nanogpt']:.4f}")
     return found
 
 
@@ -276,7 +276,7 @@ def main() -> None:
             print0("\n".join(f"    {ms:7.2f} {name}" for name, ms in longest.items()))
         free(device, kept)
     if args.turns:
-        table.save(turns=by_turns(setting, ["torch", "no_average", *nanogpt]))
+        table.save(turns=alternately(setting, ["torch", "no_average", *nanogpt]))
     table.bars("tokens_per_s", "tokens/s", f"{args.model}, {args.micro_batch} sequences a rank", name="speed")
     table.close()
     dist.destroy_process_group()

@@ -85,7 +85,7 @@ def train(model: gpt2.CutPipeline, config: dict, ids: torch.Tensor, steps: int) 
 
 
 def measure(args, cuts: dict[tuple[int, ...], str], shape: GPT2Config, start: dict, config: dict) -> list[dict]:
-    """A row for each cut, trained by turns: every rank's stage and its median times. Collective."""
+    """A row for each cut, trained alternately: every rank's stage and its median times. Collective."""
     torch.manual_seed(args.seed)
     ids = torch.randint(shape.vocab_size, (config["train_micro_batch_size_per_gpu"], shape.n_positions))
     device = torch.device(get_accelerator().current_device_name())

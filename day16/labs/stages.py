@@ -74,7 +74,7 @@ def main() -> None:
     costs = profile_layers(shape, args.micro_batch, dtype)
     cuts = all_cuts(sizes, costs, args.stages)
     times = {parts: [[] for _ in range(args.stages)] for parts in cuts}
-    for _ in range(args.rounds):  # by turns: what else the machine does meets all cuts
+    for _ in range(args.rounds):  # alternately: what else the machine does meets all cuts
         for parts, stages in times.items():
             for start, stop, seconds in zip(parts, parts[1:], stages, strict=False):
                 seconds.append(time_layers(shape, range(start, stop), args.micro_batch, dtype))

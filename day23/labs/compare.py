@@ -20,7 +20,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from transformers.integrations import HfDeepSpeedConfig
 
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
@@ -35,12 +34,11 @@ from common.errors import UserError, clear_errors
 from common.plots import plot_loss
 from common.ranks import over_ranks, print0
 from common.run_log import default_run_dir
-from config.read import read_config
 from day22.chat_data import answers, collate, endless_order, held_out_loss, load_chat
-from day22.pretrained import load_model, load_tokenizer
-from day23.lora import add_lora, held_bytes, numel
+from day22.pretrained import load_tokenizer
+from day23.case import build_engine
+from day23.lora import held_bytes, numel
 
-CONFIGS = {"full": HERE.parent / "day22/ds_config.json", "lora": HERE / "ds_config.json"}
 COLUMNS = {
     "trained": "trained:,", "share": "share:.2%", "optim MB": "held_bytes.optimizer:MB", "peak MB": "peak_bytes:MB",
     "save MB": "save_bytes:MB", "tok/s": "tokens_per_s:,.0f", "held out": "held_out_loss:.4f",
@@ -70,30 +68,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--other_samples", type=int, default=16, help="held-out samples of --other_corpus")
     parser.add_argument("--max_length", type=int, default=128, help="tokens of the longest sample")
     return parser.parse_args()
-
-
-def config_of(kind: str, lr: float, args: argparse.Namespace) -> dict:
-    """Day 22's JSON for full fine-tuning, this day's for LoRA, with the stage, rate and steps of this run."""
-    config = read_config(CONFIGS[kind])
-    config["zero_optimization"] |= {"stage": args.stage}
-    config["optimizer"]["params"]["lr"] = lr
-    config["scheduler"]["params"]["total_num_steps"] = args.steps
-    config["bf16"] = {"enabled": not args.fp32}
-    if get_accelerator().device_name() != "cpu":
-        config["optimizer"]["params"].pop("torch_adam", None)  # FusedAdam, compiled on first use
-    return config
-
-
-def build(kind: str, rank: int | None, lr: float, args: argparse.Namespace) -> deepspeed.DeepSpeedEngine:
-    """The engine of one case. Collective."""
-    config = config_of(kind, lr, args)
-    alive = HfDeepSpeedConfig(config)  # noqa: F841 - as in train.py
-    model = load_model(args.pretrained, torch.float32 if args.fp32 else torch.bfloat16)
-    torch.manual_seed(args.seed)
-    if kind == "lora":  # the same alpha / r whatever the rank: the rate then means the same
-        model = add_lora(model, rank, alpha=2 * rank, targets=args.targets)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return deepspeed.initialize(model=model, model_parameters=trained, config=config)[0]
 
 
 def train_step(
@@ -137,7 +111,9 @@ def measure(kind: str, rank: int | None, lr: float, data: dict, args: argparse.N
     """Train one case; return its row. Collective."""
     before = live_tensor_bytes(device)
     get_accelerator().reset_peak_memory_stats()
-    engine = build(kind, rank, lr, args)
+    # the same alpha / r whatever the rank: the rate then means the same
+    lora = {"rank": rank, "alpha": 2 * rank, "targets": args.targets} if kind == "lora" else {}
+    engine = build_engine(kind, lr, args.steps, args, **lora)
     other = held_out_loss(engine.module, data["other"], data["pad"], device)
     found, rows = train(engine, data, args, before)
     other_after = held_out_loss(engine.module, data["other"], data["pad"], device)

@@ -5,6 +5,7 @@ From the repository root; the first is a healthy run, the others inject faults (
     python day27/labs/watch.py --seconds 90
     python day27/labs/watch.py --fault nan@20
     python day27/labs/watch.py --fault slow@20-40 stall@45-60 kill@62
+    python day27/labs/watch.py --speedup 10 --fault crash@8
 
 Expect a line when an alert fires or ends, a table of faults with the seconds until their alert, and exit code 1 when an
 alert is missing, late or false. The shipped rules run with every duration divided by --speedup, scrapes included.
@@ -32,7 +33,8 @@ from common.run_log import default_run_dir, show_path
 from day27.faults import EXPECTED, FOLLOWS, read_faults
 from day27.prometheus import ROOT, Prometheus, seconds
 
-GRACE_S = 75  # after the last fault has begun: by then all have been noticed, or never will be
+CRASHES = 3  # restarts that CrashLoop waits for
+GRACE_S = 240  # after the last fault has begun: by then all have been noticed, or never will be
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,15 +49,32 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def ask_to_stop(job: subprocess.Popen) -> None:
-    """SIGTERM to the ranks, as a scheduler does: they save and end well. (To the launcher it would mean: kill them.)"""
-    for process in process_tree(job.pid):
-        if any(word.startswith("--local_rank=") for word in command_of(process)):
-            with suppress(psutil.NoSuchProcess):  # it ended meanwhile
-                process.terminate()
+class Job:
+    """The training: started, started again after a crash when that is the fault, ended."""
+
+    def __init__(self, command: list[str], log: Path, again: bool) -> None:
+        self.command, self.log, self.again = command, log, again
+        self.start()
+
+    def start(self) -> None:
+        with open(self.log, "a") as log:
+            self.process = subprocess.Popen(self.command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+
+    def is_over(self) -> bool:
+        if self.again and self.process.poll():
+            end_session(self.process)
+            self.start()
+        return self.process.poll() is not None
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM to the ranks, as a scheduler does: they save and end well. (To the launcher it would mean: kill.)"""
+        for process in process_tree(self.process.pid):
+            if any(word.startswith("--local_rank=") for word in command_of(process)):
+                with suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                    process.terminate()
 
 
-def watch(prometheus: Prometheus, job: subprocess.Popen, args: argparse.Namespace) -> None:
+def watch(prometheus: Prometheus, job: Job, args: argparse.Namespace) -> None:
     """Print alerts as they come and go: for --seconds, or until all faults have been noticed; then a bit longer."""
     times = read_faults(args.fault)
     start, before, fired, wanted = time.time(), {}, set(), {EXPECTED[name] for name in times}
@@ -72,19 +91,30 @@ def watch(prometheus: Prometheus, job: subprocess.Popen, args: argparse.Namespac
             first_step = time.time()
             print(f"{first_step - start:6.1f} s | training", flush=True)
         late = first_step is not None and time.time() > first_step + limit
-        if ends is None and (late or job.poll() is not None or (wanted and wanted <= fired)):
+        over = job.is_over() and (first_step is None or not wanted)  # an alert may be for a run that is gone
+        if ends is None and (late or over or (wanted and wanted <= fired)):
             ends = time.time() + 15  # a dead rank is noticed after its run is over, and a clean end must not be
-            if job.poll() is None and not wanted:
-                ask_to_stop(job)
+            job.again = False
+            if not wanted:
+                job.ask_to_stop()
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def table(prometheus: Prometheus, faults: Path, start: float) -> tuple[list[dict], list[str]]:
     """A row a fault, and the alerts that nothing explains."""
     fired = prometheus.first_fired(start)
     rules = {rule["alert"]: rule for rule in prometheus.rules["groups"][0]["rules"]}
-    begun = [json.loads(line) for line in faults.read_text().splitlines()] if faults.exists() else []
+    begun = {}
+    for row in rows_of(faults):
+        begun.setdefault(row["fault"], row)  # a run that was started again has more of them
+    starts = rows_of(faults.with_name("starts.jsonl"))
+    if "crash" in begun and len(starts) > CRASHES:
+        begun["crash"]["time"] = starts[CRASHES]["time"]  # one crash is none that repeats
     rows = []
-    for fault in begun:
+    for fault in begun.values():
         alert = EXPECTED[fault["fault"]]
         after = fired[alert] - fault["time"] if alert in fired else None
         within = seconds(rules[alert]["annotations"]["within"])
@@ -112,17 +142,16 @@ def main() -> None:
     flags += ["--fault", *args.fault] if args.fault else []
     command = launch_command(args.ranks, HERE / "train.py", *flags)
     print(f"prometheus {prometheus.url} | every duration / {args.speedup:g}, a scrape every {prometheus.interval}")
-    with open(folder / "train.log", "w") as log:
-        job = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    job = Job(command, folder / "train.log", again=any(spec.startswith("crash@") for spec in args.fault))
     try:
         watch(prometheus, job, args)
-        code = job.poll()
+        code = job.process.poll()
         rows, false_alarms = table(prometheus, run_dir / "faults.jsonl", start)
         lived = f"{int(time.time() - start) + 1}s"
         scrapes = prometheus.value(f"sum(count_over_time(up[{lived}]))")
         steps = prometheus.value(f"max(max_over_time(training_step[{lived}]))")
     finally:
-        end_session(job)
+        end_session(job.process)
         prometheus.stop()
     for row in rows:
         after = f"{row['fired_after_s']:.1f} s" if row["fired_after_s"] is not None else "never"

@@ -29,7 +29,7 @@ from common.errors import UserError, clear_errors
 from common.run_log import default_run_dir, show_path
 
 FLAGS = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"]
-FLAGS += ["disable-component-update", "disable-sync"]
+FLAGS += ["disable-component-update", "disable-sync", "disable-features=BackForwardCache"]
 
 
 def parse_args() -> argparse.Namespace:
