@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
 # Copying this script? Replace these imports with your own data, model and logger.
-from bench.held import bytes_by_kind, live_tensors
+from bench.held import bytes_by_kind, settled_tensors
 from common.cpu import start_without_compiler
 from common.data import endless_batches, held_out_loss, load_corpus, load_tokenizer, to_device
 from common.errors import UserError, clear_errors
@@ -59,7 +59,7 @@ def slice_of_this_rank(engine: deepspeed.DeepSpeedEngine, total: int) -> str:
 def held_between_steps(engine: deepspeed.DeepSpeedEngine) -> dict[str, int]:
     """Bytes of this rank's tensors by kind. Adam keeps its state by weight, and the weight is its own fp32 slice."""
     states = [t for weights, state in engine.basic_optimizer.state.items() for t in (weights, *state.values())]
-    tensors = live_tensors(engine.device).values()
+    tensors = settled_tensors(engine.device).values()
     return bytes_by_kind(tensors, parameters=engine.module.parameters(), optimizer=states)
 
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from bench.held import bucket_tensors, bytes_by_kind, live_tensors
+from bench.held import bucket_tensors, bytes_by_kind, live_tensors, settled_tensors
 from bench.memory import free, peak_bytes
 from bench.table import Table
 from bench.timing import slowest_median, time_step
@@ -120,7 +120,7 @@ def held_by_kind(
 ) -> dict[str, int]:
     """Bytes that this rank holds between two steps. `zero`: DeepSpeed's wrapper, None for a baseline."""
     return bytes_by_kind(
-        live_tensors(device).values(),
+        settled_tensors(device).values(),
         parameters=[part for p in model.parameters() for part in (p, getattr(p, "ds_tensor", p))],
         optimizer=[t for w, state in optimizer.state.items() for t in (w, *state.values()) if torch.is_tensor(t)],
         gradients=[t for t in [getattr(zero, "grad_partitions_flat_buffer", None)] if t is not None],

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from bench.held import bytes_by_kind, live_tensors
+from bench.held import bytes_by_kind, live_tensors, settled_tensors
 from bench.memory import free
 from bench.table import Table
 from bench.traffic import count_traffic
@@ -78,7 +78,7 @@ def gradient_bytes(engine: deepspeed.DeepSpeedEngine, device: torch.device) -> i
     """Bytes of all there is on this rank but weights and masters: gradients, their sums, buckets. Before the update."""
     weights = [part for p in engine.module.parameters() for part in (p, getattr(p, "ds_tensor", p))]
     masters = [weight for group in engine.basic_optimizer.param_groups for weight in group["params"]]
-    return bytes_by_kind(live_tensors(device).values(), weights=weights, masters=masters)["other"]
+    return bytes_by_kind(settled_tensors(device).values(), weights=weights, masters=masters)["other"]
 
 
 def measure(stage: int, setting: dict, batches: list[dict], exact: torch.Tensor, vocab_size: int, args, device) -> dict:

@@ -29,7 +29,7 @@ from transformers import GPT2Config
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from bench.held import live_tensors
+from bench.held import live_tensors, settled_tensors
 from bench.link import sent_over_link
 from bench.memory import free
 from bench.table import Table
@@ -201,7 +201,7 @@ def measure(args: argparse.Namespace) -> None:
             row |= {"tokens_per_s": tokens / slowest_median(seconds, device, warm_up=1), "losses": losses}
             row["sent_bytes"] = over_ranks(sorted(sent)[len(sent) // 2], device, "max") if args.rate else None
             row["computed_bytes"] = setting.computed_bytes(way)
-            new = [tensor for at, tensor in live_tensors(device).items() if at not in kept]
+            new = [tensor for at, tensor in settled_tensors(device).items() if at not in kept]
             row["held_bytes"] = over_ranks(sum(t.untyped_storage().nbytes() for t in new), device, "max")
             del step, new
         free(device, kept)

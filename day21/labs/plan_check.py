@@ -28,7 +28,7 @@ from deepspeed.accelerator import get_accelerator
 HERE = Path(__file__).resolve().parents[1]  # the day's folder
 sys.path.insert(0, str(HERE.parent))  # the repository: Python puts only the script's own folder on the path
 
-from bench.held import live_tensors
+from bench.held import live_tensors, settled_tensors
 from bench.memory import free
 from bench.table import Table
 from bench.world import join_world
@@ -178,7 +178,7 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> dict:
 
     for _ in range(2):  # Adam's states exist, and stage 3 knows the order of the layers
         step()
-    held = sum(t.untyped_storage().nbytes() for address, t in live_tensors(device).items() if address not in before)
+    held = sum(t.untyped_storage().nbytes() for address, t in settled_tensors(device).items() if address not in before)
     peak = held + step_peak(step, device)
     name = "fp32" if args.fp32 else "bf16"
     more = {"every": max(every, 1), "loss_tiles": tiles, **told}
