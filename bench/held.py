@@ -26,8 +26,7 @@ def live_tensors(device: torch.device) -> dict[int, torch.Tensor]:
 def settled_tensors(device: torch.device, apart_s: float = 0.2, looks: int = 10) -> dict[int, torch.Tensor]:
     """`live_tensors` once two looks, `apart_s` seconds apart, find the same; after collectives.
 
-    gloo's threads, which carry the messages of CPU ranks, let go of one a moment after it has arrived, later on a busy
-    machine.
+    gloo's threads (CPU ranks) let go of a message a moment after it has arrived, later on a busy machine.
     """
     found = live_tensors(device)
     for _ in range(looks if device.type == "cpu" else 0):

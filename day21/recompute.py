@@ -38,6 +38,11 @@ class Segments(torch.nn.ModuleList):
         self.segments = [partial(self._run, function, *ends) for ends in zip(cuts, cuts[1:], strict=False)]
         self.recomputed = only
 
+    def __repr__(self) -> str:
+        # ModuleList's asks __iter__: a segment's words name this list, whose words ... 16 blocks would take for ever,
+        # and ZeRO-3 writes its arguments, the model among them, into a string that nobody reads (0.19.8).
+        return torch.nn.Module.__repr__(self)
+
     def _run(self, function: Checkpoint, first: int, last: int, hidden: torch.Tensor, *extra, **named) -> torch.Tensor:
         """Blocks `first` to `last` - 1. What else a block takes (masks, angles) comes along, kept once for all."""
 
