@@ -48,7 +48,8 @@ def shaped(shape: dict) -> Model:
     else:
         names = {"num_hidden_layers": "layers", "hidden_size": "hidden", "num_attention_heads": "heads"}
         names |= {"vocab_size": "vocab", "intermediate_size": "intermediate", "num_key_value_heads": "kv_heads"}
-        config = {"model_type": shape.get("kind", "llama")} | {name: shape[mine] for name, mine in names.items()}
+        config = {"model_type": shape["family"], "tie_word_embeddings": shape.get("tied", False)}
+        config |= {name: shape[mine] for name, mine in names.items()}
     return config_model(config, shape["family"])
 
 
@@ -67,7 +68,7 @@ def points() -> dict[str, Point]:
 
 
 def xl_points() -> dict[str, Point]:
-    """GPT-2 XL with recomputation on one, two and four GPUs (day 07)."""
+    """GPT-2 XL on one, two and four GPUs, Llama 8B on two, with recomputation (day 07)."""
     found = {}
     day7 = "day07/results/{}.json"
     for case, config in {
@@ -86,24 +87,27 @@ def xl_points() -> dict[str, Point]:
     measured = peak(day7.format("offload_card_1xh200"), case="zero2_offload")
     one_card = zero(2, 10**8, overlap_comm=True, offload_optimizer=CPU)
     found["xl zero2_offload, one"] = measured, XL, one_card, {**XL_RUN, "gpus": 1, "micro_batch": 4}
-    speed = {"zero2": zero(2, 10**8, overlap_comm=True), "tuned": zero(3, 10**8, contiguous_gradients=False)}
-    for gpus, micro_batch in ((2, 8), (2, 24), (4, 8)):
-        for case, config in speed.items():
-            measured = peak(day7.format(f"speed_{gpus}xh200"), case=case, micro_batch=micro_batch)
-            more = {**XL_RUN, "gpus": gpus, "micro_batch": micro_batch}
-            found[f"xl {case}, {gpus} GPUs, {micro_batch}"] = measured, XL, config, more
+    models = {"gpt2-xl": ("xl", XL), "llama-8b": ("llama 8B", LLAMA_8B)}
+    for gpus in (2, 4):
+        rows = json.loads((ROOT / day7.format(f"speed_{gpus}xh200")).read_text())["table"]
+        for row in (row for row in rows if "zero_optimization" in row):  # the others are FSDP2's
+            name, model = models[row.get("model", "gpt2-xl")]
+            config = {"zero_optimization": row["zero_optimization"], **BF16}
+            more = {**XL_RUN, "gpus": gpus, "micro_batch": row["micro_batch"], "seq_len": row.get("tokens", 1024)}
+            found[f"{name} {row['case']}, {gpus} GPUs, {row['micro_batch']}"] = row["peak_bytes"], model, config, more
     return found
 
 
 def checked_points() -> dict[str, Point]:
-    """GPT-2 and Llama shapes on one GPU: recomputation, longer checkpoints, a loss in parts (day 21)."""
+    """GPT-2, Llama and Qwen shapes on one GPU: recomputation, a loss in parts, LoRA, QLoRA (day 21)."""
     found = {}
-    rows = json.loads((ROOT / "day21/results/plan_check_1xh200.json").read_text())["table"]
+    files = [ROOT / f"day21/results/plan_check{kind}_1xh200.json" for kind in ("", "_lora")]
+    rows = [row for file in files for row in json.loads(file.read_text())["table"]]
     for row in (row for row in rows if "error" not in row):
         shape = row["shape"]
         config = zero(row["stage"], 50_000_000, BF16 if shape["bf16"] else AUTOCAST)
         more = {"seq_len": shape["seq_len"], "micro_batch": shape["micro_batch"], "loss_tiles": row["loss_tiles"]}
-        more |= {"checkpointing": int(row["every"] > 0), "every": max(row["every"], 1)}
+        more |= {"checkpointing": int(row["every"] > 0), "every": max(row["every"], 1), **row.get("told", {})}
         found[f"day 21 {row['case']}"] = row["peak_bytes"], shaped(shape), config, more
     return found
 

@@ -464,11 +464,22 @@ def test_the_plan_is_within_a_tenth_of_every_recorded_peak(what):
 def test_the_recorded_peaks_are_of_all_kinds():
     ways = {(config["zero_optimization"]["stage"], more.get("gpus", 1)) for _, _, config, more in POINTS.values()}
     assert {stage for stage, _ in ways} == {0, 1, 2, 3} and {gpus for _, gpus in ways} == {1, 2, 4}
-    assert {more["seq_len"] for *_, more in POINTS.values()} >= {128, 1024, 2048, 16384}
-    assert {model.family for _, model, *_ in POINTS.values()} == {"gpt2", "llama"}
+    assert {more["seq_len"] for *_, more in POINTS.values()} == {128, 1024, 2048, 4096, 16384}
+    kinds = {(model.family, model.qkv_bias) for _, model, *_ in POINTS.values()}
+    assert kinds == {("gpt2", False), ("llama", False), ("llama", True)}  # the bias is Qwen's
     trained = {(more.get("lora_rank", 0), more.get("base_bits", 16)) for *_, more in POINTS.values()}
-    assert trained == {(0, 16), (8, 16), (8, 4)}
-    assert len(POINTS) == 50
+    assert trained == {(0, 16), (8, 16), (8, 4), (16, 16), (16, 4)}
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_the_page_counts_the_recorded_peaks(page):
+    near = 0
+    for measured, model, config, more in POINTS.values():
+        run = {**plan.RUN, **model.shape(), **plan.config_run(config, model.hidden)}
+        need = plan.predict_run({**run, "precision": plan.config_precision(config), **more})
+        near += abs(need["peak"] / measured - 1) <= 0.05
+    words = {"README.md": "{} in all .* and {} within 5 %", "README.zh.md": "一共 {} 个.*其中 {} 个在 5 % 以内"}
+    assert re.search(words[page].format(len(POINTS), near), (ROOT / "config" / page).read_text())
 
 
 def test_pipeline_stages_hold_what_was_recorded():
