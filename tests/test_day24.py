@@ -294,11 +294,11 @@ def test_a_fault_is_named_in_time_and_the_run_goes_on_with_the_same_weights(faul
 @pytest.mark.serial
 @needs_lab
 def test_a_step_over_a_link_takes_as_long_as_its_bytes_say(tmp_path):
-    run_plain("day24/labs/wire.py", "--turns", 3, "--run_dir", tmp_path)
+    run_plain("day24/labs/wire.py", "--turns", 2, "--run_dir", tmp_path)
     rows = json.loads((tmp_path / "wire.json").read_text())["table"]
     assert len(rows) == 10
     for row in rows:
         assert row["sent"] == pytest.approx(row["formula"], rel=0.02), row
     ratios = sorted(row["measured_ms"] / row["predicted_ms"] for row in rows)
-    assert 0.8 < ratios[4] <= ratios[5] < 1.2, ratios
-    assert ratios[0] > 0.5 and ratios[-1] < 1.8, ratios  # ZeRO-0 has waits of its own: 0.86 to 1.5 in six runs
+    assert sum(0.8 < ratio < 1.2 for ratio in ratios) >= 9, ratios  # all ten in the record; a busy machine spoils one
+    assert ratios[0] > 0.65 and ratios[-1] < 1.5, ratios

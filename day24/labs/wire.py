@@ -3,7 +3,8 @@
     sudo .venv/bin/python day24/labs/wire.py
 
 Two hosts with two ranks each. Expect a row for each ZeRO setting and rate: the bytes that left a host in a step,
-divided by the parameters' bytes, the step that they predict, and the step as measured. A minute; root.
+divided by the parameters' bytes, the step that they predict, and the step as measured: the fastest of all turns, as
+ranks that wait for each other meet the delays of all. A minute; root.
 Source: day24/notes.md; Rajbhandari et al. 2019, section 7 (https://arxiv.org/abs/1910.02054).
 """
 
@@ -14,7 +15,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import median
 
 import deepspeed
 import torch
@@ -29,18 +29,22 @@ from bench.world import join_world
 from common.errors import UserError, clear_errors
 from common.run_log import default_run_dir
 
-HIDDEN, LAYERS, HOSTS, PER_HOST = 512, 6, 2, 2  # 1.6 million parameters: 6.3 MB in fp32
+HIDDEN, LAYERS, HOSTS, PER_HOST = 512, 6, 2, 2
+NUM_PARAMS = LAYERS * (HIDDEN + 1) * HIDDEN  # 1.6 million
+PARAMETER_BYTES = 4 * NUM_PARAMS
+BUCKET = 300_000  # elements that are sent as one message, but at stage 0
 RATES = {"100mbit": 100e6, "1gbit": 1e9}  # bit/s
+STEPS = {"100mbit": 1, "1gbit": 3, None: 5}  # of one turn: the shorter a step, the more a delay matters in it
 SHAPE = {rate: f"tbf rate {rate} burst 128kb latency 400ms" for rate in RATES} | {None: "pfifo"}
 # What leaves a host, in units of (n - 1)/n times the parameters' bytes on n ranks: an all-reduce 2, a gather 1.
 UNITS = {"ZeRO-0": 2, "ZeRO-1": 3, "ZeRO-2": 3, "ZeRO-3": 4, "ZeRO-3 hpZ": 3}
-ALWAYS = {"overlap_comm": False, "reduce_bucket_size": 300_000, "stage3_param_persistence_threshold": 0}
+ALWAYS = {"overlap_comm": False, "reduce_bucket_size": BUCKET, "stage3_param_persistence_threshold": 0}
 ALWAYS |= {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 1, "stage3_max_reuse_distance": 0}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=5, help="steps at each rate, by turns: the median counts")
+    parser.add_argument("--turns", type=int, default=5, help="turns of all rates: the fastest step counts")
     parser.add_argument("--run_dir", default=default_run_dir("day24"), help="folder for wire.json")
     return parser.parse_args()
 
@@ -87,32 +91,36 @@ def measure(case: str, turns: int) -> dict:
     for _ in range(turns):
         for rate in SHAPE:
             set_rate(rate)
-            seconds[rate].append(step())
+            seconds[rate] += [step() for _ in range(STEPS[rate])]
     set_rate(None)
-    parameter_bytes = 4 * LAYERS * (HIDDEN + 1) * HIDDEN
     engine.destroy()
-    return {"sent": sent / parameter_bytes, **{str(rate): median(times) for rate, times in seconds.items()}}
+    return {"sent": sent / PARAMETER_BYTES, **{str(rate): min(times) for rate, times in seconds.items()}}
 
 
-def bits_without_limit(turns: int) -> float:
-    """What the link carries without a limit: bit/s out of a host in all-reduces of one bucket. Collective."""
-    bucket, seconds = torch.ones(ALWAYS["reduce_bucket_size"]), []
-    n = dist.get_world_size()
+def bits_without_limit(case: str, turns: int) -> float:
+    """What the link carries without a limit, in messages such as the case sends: bit/s out of a host. Collective."""
+    n, stage = dist.get_world_size(), int(case[5])
+    message, seconds = torch.ones((NUM_PARAMS, BUCKET, BUCKET, HIDDEN * HIDDEN)[stage]), []
+    part = message[: len(message) // n].clone()
     set_rate(None)
     for _ in range(5 * turns):
         dist.barrier()
         start = time.perf_counter()
-        dist.all_reduce(bucket)
+        if stage == 3:
+            dist.all_gather_into_tensor(message, part)
+        else:
+            dist.all_reduce(message)
         seconds.append(time.perf_counter() - start)
-    return 2 * (n - 1) / n * 8 * 4 * len(bucket) / median(seconds)
+    return (1 if stage == 3 else 2) * (n - 1) / n * 8 * 4 * len(message) / min(seconds)
 
 
 def as_rank(args: argparse.Namespace) -> None:
     join_world()
-    bits = bits_without_limit(args.turns)
-    found = {case: measure(case, args.turns) for case in UNITS}  # hpZ last: its groups stay for the whole process
+    bits = {case: bits_without_limit(case, args.turns) for case in UNITS}
+    # hpZ last: its groups stay for the whole process
+    found = {case: {"bits": bits[case], **measure(case, args.turns)} for case in UNITS}
     if dist.get_rank() == 0:
-        (Path(args.run_dir) / "measured.json").write_text(json.dumps({"bits": bits, "cases": found}))
+        (Path(args.run_dir) / "measured.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
@@ -126,25 +134,18 @@ def main() -> None:
         ended = link.run_ranks("AABB", __file__, "--turns", args.turns, "--run_dir", run_dir)
     if any(rank.returncode for rank in ended):
         raise UserError(next(rank.stderr for rank in ended if rank.returncode)[-1500:])
-    parameter_bytes, n = 4 * LAYERS * (HIDDEN + 1) * HIDDEN, HOSTS * PER_HOST
+    n = HOSTS * PER_HOST
     measured = json.loads((run_dir / "measured.json").read_text())
     columns = {"link": "rate:s", "sent": "sent:.2f", "formula": "formula:.2f", "no limit ms": "bare_ms:.0f"}
     columns |= {"predicted ms": "predicted_ms:.0f", "measured ms": "measured_ms:.0f", "ratio": "ratio:.2f"}
-    table = Table(run_dir / "wire.json", columns, parameter_bytes=parameter_bytes, ranks=n, bare_bits=measured["bits"])
+    table = Table(run_dir / "wire.json", columns, parameter_bytes=PARAMETER_BYTES, ranks=n)
     for rate, bits in RATES.items():
-        for case, found in measured["cases"].items():
+        for case, found in measured.items():
             formula = UNITS[case] * (n - 1) / n
-            row = {
-                "case": case,
-                "rate": rate,
-                "sent": found["sent"],
-                "formula": formula,
-                "bare_ms": 1e3 * found["None"],
-            }
-            slower = (
-                1 / bits - 1 / measured["bits"]
-            )  # the step without a limit has paid for its bytes once, at that speed
-            row["predicted_ms"] = row["bare_ms"] + 1e3 * 8 * formula * parameter_bytes * slower
+            row = {"case": case, "rate": rate, "sent": found["sent"], "formula": formula, "bare_bits": found["bits"]}
+            row["bare_ms"] = 1e3 * found["None"]
+            slower = 1 / bits - 1 / found["bits"]  # the step without a limit has paid for its bytes, at that speed
+            row["predicted_ms"] = row["bare_ms"] + 1e3 * 8 * formula * PARAMETER_BYTES * slower
             row["measured_ms"] = 1e3 * found[rate]
             table.add(row | {"ratio": row["measured_ms"] / row["predicted_ms"]})
     table.close()
