@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError, clear_errors
@@ -390,6 +390,18 @@ def test_a_trained_embedding_is_in_the_adapters_file_at_every_stage(probe, name,
     weights = [layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
     assert (weights[0] - before).abs().max() > 1e-3  # it was trained
     assert torch.equal(*weights) == (name == "tiny-llama")  # tied stays tied
+
+
+def test_of_a_tied_embedding_peft_alone_trains_one_end():
+    """Then a new token is read and never said; add_lora keeps both ends one matrix."""
+    from day22.pretrained import load_model
+
+    more = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "task_type": "CAUSAL_LM"}
+    alone = get_peft_model(load_model("tiny-llama"), LoraConfig(r=2, **more))
+    ours = lora.add_lora(load_model("tiny-llama"), 2, 4, targets=["q_proj"], modules_to_save=["embed_tokens"])
+    for model, tied in ((alone, False), (ours, True)):
+        weights = [layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
+        assert weights[0].requires_grad and weights[1].requires_grad == tied and (weights[0] is weights[1]) == tied
 
 
 @pytest.mark.launch
