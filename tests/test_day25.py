@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 import tracemalloc
 from collections import Counter
@@ -21,9 +22,9 @@ import pytest
 import torch
 import yaml
 
+from capstone import checkpoint, harness
 from capstone import evaluate as ev
 from capstone import export as ex
-from capstone import harness
 from capstone import prepare as prep
 from capstone import text as tx
 from capstone.config import ROOT, Config, add_base_flags, as_yaml, load_config, resolve
@@ -32,7 +33,7 @@ from common.data import load_tokenizer
 from common.errors import UserError, clear_errors
 from common.model import build_model
 from config.plan import gpt2_model
-from day17.checkpoints import problem_with, read_manifest, with_own_sum
+from day17.checkpoints import problem_with, publish, random_state, read_manifest, with_own_sum
 from day25 import exercise, solution
 from day25.labs.budget import budget
 from tests.launch import SMALL_CORPUS, error_line, run_day, run_ranks, run_warm
@@ -691,12 +692,18 @@ def test_the_order_is_one_on_any_number_of_ranks_and_after_a_restart(prepared, m
     assert torch.equal(next(resumed)["input_ids"], seen[1][2])
 
 
-def test_the_loader_draws_nothing_that_the_model_would(prepared):
-    """Or a resumed run, whose random state was just restored, would drop out other activations."""
+def test_a_resumed_run_drops_out_what_the_uninterrupted_one_does(prepared, tmp_path):
+    """The checkpoint's random state comes back, and the loader, which draws a seed as it begins, draws none of it."""
     blocks, dropout = load_blocks(prepared[0], "train", 32), torch.nn.Dropout(0.5)
     torch.manual_seed(1)
+    (tmp_path / "partial").mkdir()
+    torch.save(random_state(torch.device("cpu")), tmp_path / "partial/random_rank_0.pt")
+    publish(tmp_path / "partial", "step000003", step=3, ranks=1, zero_stage=0)
     uninterrupted = dropout(torch.ones(64))
-    torch.manual_seed(1)
+    torch.manual_seed(2)  # as a new process has another one
+    engine = SimpleNamespace(global_rank=0, dp_world_size=1, device=torch.device("cpu"))
+    engine.load_checkpoint = lambda root, tag: (root, {"step": 3})
+    assert checkpoint.load(engine, tmp_path / "step000003") == 3
     next(train_batches(blocks, micro_batch=4, seed=3))
     assert torch.equal(dropout(torch.ones(64)), uninterrupted)
 
@@ -873,6 +880,33 @@ def test_the_harness_of_eleutherai_finds_what_ours_finds(trained, tmp_path, monk
     assert scores["held_out_text"]["bits_per_byte"] == pytest.approx(report["held_out"]["bits_per_byte"], rel=0.05)
     for name, row in zip(("acc_bytes", "acc_mutual_info"), report["multiple_choice"], strict=True):
         assert abs(scores["held_out_choice"][name] - row["accuracy"]) < 0.11, (name, row)  # two of 20: pieces as text
+
+
+def test_the_harness_is_asked_for_the_tasks_the_adapter_and_the_template_that_were_named(tmp_path, monkeypatch, capsys):
+    """The library is made up: what it is given, and what becomes of what it says."""
+    asked = []
+
+    def simple_evaluate(kind, model, tasks, **more):
+        asked.append((model, tasks, more["limit"], more["apply_chat_template"]))
+        return {"results": {"next_sentence": {"alias": "next_sentence", "acc,none": 0.75, "acc_stderr,none": 0.1}}}
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
+    for name in ("base", "adapter"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base/config.json").write_text("{}")
+    task = str(ROOT / "day23/next_sentence.yaml")
+    for flags, beside in (([], "base"), (["--adapter", str(tmp_path / "adapter")], "adapter")):
+        words = ["harness", str(tmp_path / "base"), *flags, "--chat", "--limit", "3", "--tasks", task, "lambada_openai"]
+        monkeypatch.setattr("sys.argv", words)
+        harness.main()
+        found = json.loads((tmp_path / f"{beside}_harness/harness.json").read_text())
+        assert found == {"limit": 3, "scores": {"next_sentence": {"acc": 0.75}}}
+        model, (first, second), *rest = asked[-1]
+        assert model["pretrained"] == str(tmp_path / "base") and rest == [3, True]
+        assert model.get("peft") == (flags[1] if flags else None)
+        assert first["doc_to_choice"] == "{{[chosen, rejected]}}" and second == "lambada_openai"
+    assert "next_sentence acc: 0.7500" in capsys.readouterr().out
 
 
 def test_without_the_harness_one_sentence_says_how_to_get_it(tmp_path, monkeypatch):
