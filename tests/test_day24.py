@@ -13,11 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from deepspeed.launcher.runner import fetch_hostfile, parse_inclusion_exclusion
 
 from common.errors import UserError
 from day24 import goodput, hosts
 from day24.reach import hosts_of
-from day24.watch import differences
+from day24.watch import differences, fingerprint
 from tests.house import altered_solution
 from tests.launch import ROOT, SMALL_CORPUS, free_port, run_plain, run_ranks
 
@@ -135,6 +136,7 @@ def test_preflight_finds_a_planted_difference_of_each_kind(tmp_path):
         _, unreachable, _ = preflight(lab)
     assert code == 1
     for kind in (
+        r"host-b has MTU of eth0 1400, host-a has 1500",
         r"host-b has torch 2\.0\.1, host-a has \d",
         r"host-b has day24/ds_config\.json \w+, host-a has \w+",
         r"host-b has GPUs NVIDIA H200, 143771 MiB, 570\.1, host-a has none",
@@ -158,12 +160,24 @@ def test_latency_and_mtu_are_judged_too():
     assert names["look_at_pairs"](args, pairs, "a") == []
     pairs["a", "b"]["latency_ms"] = 5.0
     assert names["look_at_pairs"](args, pairs, "a") == ["a to b: latency 5.0 ms, usual are 0.1"]
+    facts = {"versions": {}, "code": {}, "gpus": ["H200"] * 2, "disk_bytes": 1, "shm_bytes": 1, "shared": True}
+    facts |= {"port_free": True, "own_address": "10.0.0.1"}
+    said = {host: {**facts, "interfaces": {"eth0": mtu, host: 9000}} for host, mtu in (("a", 1500), ("b", 1400))}
+    for env in ({"NCCL_SOCKET_IFNAME": "eth0"}, {}):  # without a name: of all that both have
+        assert names["look_at_hosts"](args, said, {"a": 2, "b": 2}, env) == ["b has MTU of eth0 1400, a has 1500"]
+    said["b"]["interfaces"] = {"eth1": 1500}
+    missing, _ = names["look_at_hosts"](args, said, {"a": 2, "b": 2}, {"NCCL_SOCKET_IFNAME": "eth0"})
+    assert missing == "b: no interface 'eth0' is up, there are ['eth1']"
+    fewer, *_ = names["look_at_hosts"](args, said, {"a": 2, "b": 8}, {})
+    assert fewer == "b: slots=8 in the hostfile, 2 GPUs"
 
 
 def test_what_differs_between_hosts_is_one_sentence_each():
     facts = {"host-a": {"torch": "2.13.0", "a.py": "1"}, "host-b": {"torch": "2.12.0", "a.py": "1", "b.py": "2"}}
     want = ["host-b has b.py 2, host-a has none", "host-b has torch 2.12.0, host-a has 2.13.0"]
     assert differences(facts) == want and differences({"host-a": {"x": "1"}}) == []
+    compared = fingerprint(ROOT / "day24/ds_config.json")  # what train.py compares: config, versions, its own modules
+    assert {"day24/ds_config.json", "torch", "deepspeed", "day24/watch.py", "day17/checkpoints.py"} <= set(compared)
 
 
 @pytest.mark.parametrize("bad", ["host-a:1\n", "host-a\n", "host-a slots=1\nhost-a slots=1\n", ""])
@@ -173,6 +187,30 @@ def test_a_bad_hostfile_gets_one_sentence(bad, tmp_path):
         hosts_of(tmp_path / "hostfile")
     with pytest.raises(UserError, match="no hostfile"):  # DeepSpeed warns, and trains on this machine alone
         hosts_of(tmp_path / "mistyped")
+
+
+def test_the_launcher_reads_hosts_as_the_notes_say(tmp_path):
+    """A hostfile that is not there trains on this machine alone (issue 4907); what is picked from one that is."""
+    assert not fetch_hostfile(str(tmp_path / "mistyped"))
+    pool = {"host-a": 2, "host-b": 2}
+    assert parse_inclusion_exclusion(pool, "host-a@host-b:0,1", "") == {"host-a": [0, 1], "host-b": [0, 1]}
+    assert parse_inclusion_exclusion(pool, "", "host-b:1") == {"host-a": [0, 1], "host-b": [0]}
+
+
+def test_the_recorded_launchers_train_the_same_on_two_hosts():
+    first, *rows = json.loads((ROOT / "day24/results/launchers_2cpu.json").read_text())["table"]
+    ways = ["pdsh", "no_ssh", "torchrun", "rendezvous", "accelerate", "srun", "sbatch"]
+    assert [row["case"] for row in rows] == ways
+    for row in rows:
+        assert (row["loss"], row["placed"]) == (first["loss"], "host-a: rank 0 | host-b: rank 1"), row
+
+
+def test_the_recorded_steps_over_a_link_are_within_a_fifth_of_the_prediction():
+    rows = json.loads((ROOT / "day24/results/wire_2cpu.json").read_text())["table"]
+    assert len({row["case"] for row in rows}) == 5 and {row["rate"] for row in rows} == {"100mbit", "1gbit"}
+    for row in rows:
+        assert row["sent"] == pytest.approx(row["formula"], rel=0.02)
+        assert 0.8 <= row["measured_ms"] / row["predicted_ms"] <= 1.2, row
 
 
 # --- Slurm: the batch script hands each host its number ---

@@ -81,7 +81,8 @@ def look_at_hosts(args: argparse.Namespace, said: dict[str, dict], slots: dict[s
         if not interface and facts["own_address"].startswith("127."):
             name = f"{host}: its own name is {facts['own_address']}, and no GLOO_SOCKET_IFNAME in the environment file"
             findings.append(f"{name}: gloo would listen on the loopback")
-    mtus = {host: {"MTU": str(facts["interfaces"].get(interface, "-"))} for host, facts in said.items()}
+    names = [interface] if interface else sorted(set.intersection(*(set(f["interfaces"]) for f in said.values())))
+    mtus = {host: {f"MTU of {n}": str(f["interfaces"].get(n, "-")) for n in names} for host, f in said.items()}
     return findings + differences(mtus)
 
 
