@@ -83,7 +83,7 @@ class Train(Section):
 class Checkpoint(Section):
     save_every: Count = 100  # optimizer steps between two checkpoints; the last step is saved as well
     keep_last: Count = 2  # and the one with the lowest held-out loss
-    stop_at_nan: bool = True  # end a run whose weights are NaN; false: go on without saving, for alerts to be seen
+    stop_at_nan: bool = True  # end at a loss, norm or weight that is not finite; false: go on, saving no such weights
 
 
 class Monitor(Section):

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -28,7 +29,7 @@ from capstone.config import ROOT, deepspeed_section, load_config
 from capstone.evaluate import load_model
 from capstone.model import as_transformers, build, parameter_groups
 from capstone.monitor import COUNTERS, METRICS, Exporter
-from capstone.training import changed, facts_of
+from capstone.training import Finite, changed, facts_of
 from common.errors import UserError
 from common.run_log import read_rows
 from day17 import checkpoints as ckpt
@@ -295,6 +296,22 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_nothing_is_saved(stage, s
         assert kept == ["step000003"] and not (run / "model").exists()
     else:
         assert out.code == 0 and kept[0] == "step000006" and math.isnan(out.losses[4]), out.stderr[-2000:]
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_gradient_norm_that_is_not_finite_stops_a_run_whose_loss_still_is(fp16):
+    """But for fp16, where the loss scaler finds its factor so. The first such step is named, not the last."""
+    norms = iter([1.0, float("inf"), float("nan")])
+    engine = SimpleNamespace(device=torch.device("cpu"), fp16_enabled=lambda: fp16)
+    engine.get_global_grad_norm = lambda: next(norms)
+    finite = Finite(engine, looks=True)
+    for step in (7, 8, 9):
+        finite.note(step, torch.tensor(2.0), None)
+    if fp16:
+        finite.check()
+    else:
+        with pytest.raises(UserError, match="^step 8: loss 2.0 on rank 0, gradient norm inf: stopped"):
+            finite.check()
 
 
 # --- bad input ---

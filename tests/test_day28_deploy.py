@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from capstone.config import ROOT, load_config
+from capstone.config import ROOT, Config, load_config
 from tests.launch import PATH
 
 NEEDS = "day 28's packages are not here: pip install -r day28/requirements.txt"
@@ -86,6 +86,8 @@ def test_the_compose_file_is_valid():
             assert there, f"{name}: {source}"
         for variable in re.findall(r"\$\{[^}]*\}", json.dumps(service)):
             assert ":-" in variable, f"{name}: without {variable} no service would start, {name} or not"
+    home = re.search(r"HF_HOME=(\S+)", (DEPLOY / "Dockerfile").read_text())[1]
+    assert f"hub:{home}" in compose["services"]["train"]["volumes"], "or each new container downloads it again"
     (mount,) = compose["services"]["serve"]["volumes"]
     assert mount["read_only"] and mount["target"] == "/app/" + mount["source"].removeprefix("../../")
     train = load_config(compose["services"]["train"]["command"][1], compose["services"]["train"]["command"][2:])
@@ -161,6 +163,8 @@ def test_pods_see_their_own_run_alone_on_a_root_that_is_read_only():
     job = {mount["name"]: mount for mount in pods["Job"]["containers"][0]["volumeMounts"]}
     assert job["runs"]["mountPath"] == f"/app/{config.run_dir}"
     assert f"HF_HOME={job['hub']['mountPath']} " in image  # 30 GB are not downloaded again by each new pod
+    for cache in ("XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR"):
+        assert re.search(rf"{cache}=/tmp/\w+", image), f"{cache}: its place is in a home that is read-only"
     served = pods["Deployment"]["containers"][0]
     assert f"/app/{served['args'][0]}" == served["volumeMounts"][0]["mountPath"] and runs["readOnly"]
 
@@ -248,6 +252,8 @@ def test_every_alert_has_its_section_in_the_runbook(page):
         assert (
             re.search(r"^\*\*(Means|含义)", section, re.M) and re.search(r"^1\. ", section, re.M) and "2. " in section
         )
+    nan = text.partition("## LossNaN")[2].partition("\n## ")[0]
+    assert "checkpoint.stop_at_nan" in nan and Config.model_fields["checkpoint"].default.stop_at_nan
     for script in re.findall(r"(?:python|deepspeed [^\n]*?) ((?:day\d\d|config|capstone)/[\w/]+\.py)", text):
         assert (ROOT / script).exists(), script
 

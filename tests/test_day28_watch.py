@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from capstone.config import ROOT
+from capstone.monitor import METRICS
 from common.errors import UserError
 from day27.prometheus import find_tool
 
@@ -199,6 +200,9 @@ def test_alerts_ask_for_what_the_server_tells(promtool):
     told = {re.match(r"\w+", line)[0] for line in page.splitlines() if not line.startswith("#")}
     asked = set(re.findall(r"\b(?:serving|process)_\w+", (SERVE / "rules.yml").read_text()))
     assert asked - {"serving_request_seconds_bucket"} <= told and len(asked) >= 5
+    told = {*METRICS, *re.findall(r"^# TYPE (\w+)", page, re.M)}  # a histogram as a whole, and labels without a value
+    named = set(re.findall(r"`((?:serving|training)_\w+)`", (ROOT / "capstone/deploy/runbook.md").read_text()))
+    assert named <= told and len(named) >= 5, f"the runbook names what nobody tells: {named - told}"
     check = promtool("check", "metrics", input=page)
     assert check.returncode == 0, check.stderr  # names and units as Prometheus's own advice has them
 
