@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -172,6 +173,16 @@ def test_what_datasets_saved_and_tables_are_read_and_nulls_counted(tokenizer, tm
     talks += [{"messages": one_turn("a", None)}, {"messages": None}]
     parts = load_chat(write_rows(tmp_path / "null_talks.jsonl", talks), tokenizer, 64)
     assert sum(map(len, parts)) == 20 and "2 of 22 rows of" in capsys.readouterr().out
+
+
+def test_a_hub_name_may_have_a_configuration(tokenizer, monkeypatch):
+    rows = [{"prompt": f"Question {i}?", "response": f"Answer {i}."} for i in range(20)]
+    given = []
+    served = datasets.DatasetDict(train=datasets.Dataset.from_list(rows), test=datasets.Dataset.from_list(rows[:4]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: given.append(names) or served)
+    for name in ("someone/talks", "someone/talks:short"):
+        assert [len(part) for part in load_chat(name, tokenizer, 64)] == [20, 4]
+    assert given == [("someone/talks",), ("someone/talks", "short")]
 
 
 def test_a_tokenizer_without_template_or_end_gets_one_sentence(tokenizer, tmp_path):
@@ -343,6 +354,15 @@ def test_bad_data_gets_one_sentence(rows, sentence, tokenizer, tmp_path):
         load_chat("/no/such.jsonl", tokenizer, 64)
 
 
+def test_a_rank_without_a_held_out_sample_gets_one_sentence(tokenizer, tmp_path, monkeypatch):
+    rows = [{"prompt": f"Question {i}?", "response": f"Answer {i}."} for i in range(10)]
+    file = write_rows(tmp_path / "few.jsonl", rows)
+    assert [len(part) for part in load_chat(file, tokenizer, 64)] == [9, 1]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="1 held-out samples with an answer .* are left, and 2 ranks need at least 2"):
+        load_chat(file, tokenizer, 64)
+
+
 def test_long_samples_are_counted_and_dropped_or_cut(items, tokenizer, capsys):
     train, held_out = load_chat("chat", tokenizer, 40)
     said = capsys.readouterr().out
@@ -427,6 +447,29 @@ def test_an_epoch_has_every_sample_once_and_ranks_get_like_lengths(items, monkey
         next(endless_order(train[:3], 8, seed=0))
 
 
+class Counts(torch.nn.Module):
+    """A model whose loss is the number of labels, and which counts its forward passes."""
+
+    passes = 0
+
+    def forward(self, labels, **batch):
+        self.passes += 1
+        return SimpleNamespace(loss=(labels[..., 1:] != NO_LOSS).sum())
+
+
+def test_every_rank_evaluates_as_often_and_every_answer_once(items, monkeypatch):
+    """At stage 3 each pass gathers: of 33 samples one rank of two has a micro-batch of 16 more than the other."""
+    held_out, totals, passes = items[1][:33], [], []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("day22.chat_data.over_ranks", lambda total, *_: total)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        model = Counts()
+        totals.append(held_out_loss(model, held_out, 0, torch.device("cpu"), micro_batch=16))
+        passes.append(model.passes)
+    assert passes == [2, 2] and sum(totals) == pytest.approx(1)
+
+
 @pytest.mark.launch
 @measure_again
 def test_packing_pays_and_loses_nothing(tmp_path):
@@ -437,6 +480,19 @@ def test_packing_pays_and_loses_nothing(tmp_path):
     assert packed["loss"] == pytest.approx(padded["loss"], abs=1e-5) == pytest.approx(grouped["loss"], abs=1e-5)
     assert abs(open_rows["loss"] - padded["loss"]) > 2e-5  # of random weights
     assert padded["padding"] > 0.4 and packed["padding"] < 0.15 and packed["times"] > 1.3  # 1.9 on more samples
+
+
+def test_the_recorded_runs_say_what_packing_pays_and_that_bridges_agree():
+    def table(name: str) -> list[dict]:
+        return json.loads((ROOT / f"day22/results/{name}_2cpu.json").read_text())["table"]
+
+    padded, _, packed, open_rows = table("packing")
+    assert packed["times"] >= 1.5 and packed["loss"] == pytest.approx(padded["loss"], abs=1e-5)
+    assert abs(open_rows["loss"] - padded["loss"]) > 1e-3
+    rows = table("bridges")
+    assert [row["case"] for row in rows] == ["our loop", "Trainer", "Accelerate", "TRL"]
+    for row in rows:
+        assert len(row["losses"]) == 20 and row["losses"] == pytest.approx(rows[0]["losses"], abs=1e-4), row["case"]
 
 
 @pytest.mark.launch
