@@ -117,8 +117,9 @@ def _read(dataset: str) -> dict[str, list[dict]]:
     try:
         if path.is_file():
             loaded = datasets.load_dataset("parquet" if path.suffix == ".parquet" else "json", data_files=str(path))
-        elif (path / "dataset_dict.json").is_file():
+        elif any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):  # save_to_disk wrote it
             loaded = datasets.load_from_disk(str(path))
+            loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
         else:
             loaded = datasets.load_dataset(*dataset.split(":"))
     except Exception as error:  # the hub's client has no common base class for "not found", "offline", "not a data set"

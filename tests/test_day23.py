@@ -634,6 +634,54 @@ def test_every_form_of_pairs_gives_the_same_tokens(tmp_path):
     assert torch.equal(*(labels[labels != -100] for labels in learned))
 
 
+def test_pairs_come_from_files_folders_and_the_hub(tmp_path, monkeypatch):
+    import datasets
+
+    from day22.pretrained import load_tokenizer
+    from day23.pairs import load_pairs
+
+    tokenizer, saved = load_tokenizer("tiny-llama"), datasets.Dataset.from_list(YES_NO)
+    saved.save_to_disk(tmp_path / "saved")
+    saved.to_parquet(tmp_path / "pairs.parquet")
+    parts = datasets.DatasetDict(train_prefs=saved.select(range(40)), test_prefs=saved.select(range(40, 48)))
+    parts.save_to_disk(tmp_path / "parts")
+    sizes = [len(part) for part in load_pairs(str(write_rows(YES_NO, tmp_path / "pairs.jsonl")), tokenizer, 64)]
+    assert sum(sizes) == 48 and sizes[1] == 4
+    for name in ("saved", "pairs.parquet"):
+        assert [len(part) for part in load_pairs(str(tmp_path / name), tokenizer, 64)] == sizes, name
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: {("someone/pairs", "short"): parts}[names])
+    for name in (str(tmp_path / "parts"), "someone/pairs:short"):
+        assert [len(part) for part in load_pairs(name, tokenizer, 64)] == [40, 8], name
+
+
+def test_every_rank_looks_at_held_out_pairs_as_often_and_at_each_once(monkeypatch):
+    """At stage 3 each pass gathers: of 17 pairs one rank of two has a micro-batch of 8 more than the other."""
+    from day22.pretrained import load_model, load_tokenizer
+    from day23.dpo import held_out_rewards
+    from day23.pairs import load_pairs_of
+
+    tokenizer = load_tokenizer("tiny-llama")
+    pairs, cpu, passes = load_pairs_of(YES_NO[:17], tokenizer), torch.device("cpu"), []
+    torch.manual_seed(0)
+    model = lora.add_lora(load_model("tiny-llama"), 8, 16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    model.register_forward_hook(lambda *_: passes.append(1))
+    monkeypatch.setattr("day23.dpo.over_ranks", lambda total, *_: total)
+    whole, found = held_out_rewards(model, pairs, tokenizer.pad_token_id, 0.1, cpu, []), []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        passes.clear()
+        found.append(held_out_rewards(model, pairs, tokenizer.pad_token_id, 0.1, cpu, []))
+        assert len(passes) == 2 * 2  # policy and reference, two micro-batches each, on either rank
+    for name in whole:
+        assert found[0][name] + found[1][name] == pytest.approx(whole[name], abs=1e-4), name
+    assert whole["accuracy"] > 0 and whole["margin"] != 0
+
+
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
