@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 
 import pytest
 
@@ -160,6 +161,30 @@ def test_recorded_bytes_on_the_wire_are_the_formulas():
 def test_recorded_fits_are_within_ten_percent():
     for row in json.loads((RESULTS / "fit_2cpu.json").read_text())["table"]:
         assert row["share"] == pytest.approx(1, abs=0.1) and row["wire"] == pytest.approx(1, abs=0.02)
+
+
+def test_two_recorded_gpus_lose_what_the_notes_say():
+    """Weak: what is exposed. Strong: less to compute, a shared host, and the same bytes. The link is no cause."""
+    rows = {row["case"]: row for row in json.loads((RESULTS / "scaling_2xh200.json").read_text())["table"]}
+    alone = rows.pop("1 rank")["ms"]
+    for case, row in rows.items():
+        assert row["ms"] == pytest.approx(row["alone_ms"] + row["crowded_ms"] + row["exposed_ms"]), case
+        speed = alone / row["ms"] if row["kind"] == "weak" else alone / 2 / row["ms"]
+        assert row["efficiency"] == pytest.approx(speed, rel=1e-3), case
+    assert rows["2 ranks, weak, ddp"]["efficiency"] > 0.95 > 0.85 > rows["2 ranks, strong, ddp"]["efficiency"]
+    assert rows["2 ranks, weak, ddp"]["exposed_ms"] < rows["2 ranks, weak, zero2"]["exposed_ms"]
+    (knee,) = json.loads((RESULTS / "steps_2xh200.json").read_text())["knees"]
+    assert 200 < knee["predicted"] < 400  # tokens per rank: far below every row
+
+
+def test_an_answer_that_misses_a_target_gets_one_sentence():
+    judge = runpy.run_path(str(ROOT / "day08/labs/overlap.py"))["judge"]
+    for yours, sentence in (
+        ({"wire": 1.05, "of_ddp": 1.0}, "sends 1.05 times the formula's bytes"),
+        ({"wire": 1.0, "of_ddp": 1.2}, "takes 1.20 times DDP's time"),
+    ):
+        with pytest.raises(UserError, match=f"not yet: yours {sentence}"):
+            judge({"yours": yours})
 
 
 WAITS = """

@@ -140,6 +140,39 @@ def test_recorded_bytes_are_within_two_percent_of_the_formulas():
     assert large["all_gather"]["left"] == pytest.approx(0.5, rel=0.02)
 
 
+def test_which_recorded_pattern_wins_depends_on_the_size():
+    """Eight hosts, a flat network: steps decide below 64 KiB, bytes from 512 KiB on."""
+    ms = {(row["pattern"], row["kib"]): row["ms"] for row in recorded("sizes")}
+    for kib in (1, 8, 64):
+        assert ms["tree", kib] < ms["halving", kib] < ms["ring", kib], kib
+    for kib in (512, 4096):
+        assert ms["ring", kib] < ms["halving", kib] < ms["tree", kib], kib
+
+
+def test_zeropp_sends_its_units_on_recorded_gpus():
+    """Two units, 1.5, 1.25 and 0.75 of half of the bf16 weights; and losses that stay together in fp16 alone."""
+    told = json.loads((ROOT / "day20/results/zeropp_2xh200.json").read_text())
+    rows = {row["case"]: row for row in told["table"]}
+    unit = 124_439_808  # GPT-2's parameters: 2 bytes each, half of them
+    units = {"zero3": 2, "qwz": 1.5, "qgz_fp16": 1.25, "both_fp16": 0.75, "qgz": 1.25}
+    assert set(rows) == set(units)
+    for case, share in units.items():
+        assert rows[case]["sent_bytes"] / unit == pytest.approx(share, rel=0.01), case
+        near = 0.02 if case != "qgz" else 0.05
+        assert rows[case]["last_loss"] == pytest.approx(rows["zero3"]["last_loss"], abs=near), case
+    assert rows["qgz"]["last_loss"] > rows["zero3"]["last_loss"] + 0.02  # bf16 read as fp16
+
+
+def test_recorded_bus_bandwidth_of_nvlink_stays_below_its_line_rate():
+    rows = json.loads((ROOT / "day20/results/bandwidth_2xh200.json").read_text())["table"]
+    assert {row["collective"] for row in rows} == set(COLLECTIVES)
+    for row in rows:
+        assert row["algbw"] == pytest.approx(row["kib"] * 1024 / (row["us"] * 1e3))
+        assert row["busbw"] == pytest.approx(row["algbw"] * bus_share(row["collective"], 2))
+        assert row["busbw"] < 450
+    assert max(row["busbw"] for row in rows if row["kib"] == 2**20) > 100
+
+
 @pytest.mark.launch
 def test_train_shows_the_settings_and_their_bytes(tmp_path):
     run = run_day("day20/train.py", "--steps", 4, "--log_every", 2, "--corpus", SMALL_CORPUS, "--run_dir", tmp_path)

@@ -283,6 +283,23 @@ def test_no_snapshot_gets_one_sentence(tmp_path):
         events_of({"segments": [], "device_traces": [[]]})
 
 
+# ---- what a layer keeps ---------------------------------------------------------------------------------------------
+
+
+def test_what_a_layer_keeps_is_counted_beside_plan_and_paper(tmp_path):
+    """In units of s·b·h bytes in bf16: Python's GELU is 24 of 56, one attention kernel takes the matrix away."""
+    run_warm("day21/labs/layer.py", "--bf16", "--run_dir", tmp_path)
+    rows = table_of(tmp_path, "layer.json")
+    units = {case.removeprefix("gpt2, "): row["units"] for case, row in rows.items()}
+    for case, row in rows.items():
+        assert row["units"] == pytest.approx(row["plan_units"], abs=0.25), case  # statistics of norms and rows
+    for attention in ("eager", "sdpa"):
+        assert units[f"{attention}, gelu_new"] - units[f"{attention}, fused GELU"] == pytest.approx(24, abs=0.01)
+    assert units["sdpa, fused GELU"] == pytest.approx(34 - 2, abs=0.25)  # the paper's has two masks of dropout
+    matrix = 2 * 4 * 256 / 128  # a·s/h units of 2 bytes, without dropout's mask and its output
+    assert units["eager, fused GELU"] - units["sdpa, fused GELU"] == pytest.approx(matrix, abs=0.25)
+
+
 # ---- recomputation --------------------------------------------------------------------------------------------------
 
 
