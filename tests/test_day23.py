@@ -597,9 +597,11 @@ def test_the_reference_is_the_model_without_its_adapter():
 
 
 def test_in_the_shipped_pairs_who_does_not_read_the_prompt_is_right_half_of_the_time():
-    from day23.pairs import _continuations
+    from day23.pairs import HELD_OUT_EVERY, _continuations
 
     training, held_out = _continuations()
+    for page, said in (("preference.md", "Every eighth address"), ("preference.zh.md", "每八篇咨文留出一篇")):
+        assert HELD_OUT_EVERY == 8 and said in (ROOT / "day23" / page).read_text()
     assert len(training) > 400 and len(held_out) >= 48
     for rows in (training, held_out):
         assert sorted(row["chosen"] for row in rows) == sorted(row["rejected"] for row in rows)
