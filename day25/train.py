@@ -94,7 +94,7 @@ def main() -> None:
     if not from_rank_0(model_dir.exists):
         train(config, tokenizer, facts)
     else:
-        before = json.loads((model_dir / "training.json").read_text())
+        before = from_rank_0(lambda: json.loads((model_dir / "training.json").read_text()))
         if changed := [key for key in facts if before.get(key) != facts[key]]:
             parts = ", ".join(changed)
             raise UserError(f"{show_path(model_dir)} was trained with other settings ({parts}): name another run_dir")
