@@ -324,6 +324,8 @@ def test_a_fault_is_named_in_time_and_the_run_goes_on_with_the_same_weights(faul
     assert re.search(SAID[fault], row["said"]), row["said"]
     assert row["noticed_s"] <= row["within_s"], row
     assert row["bitwise"] == "yes", row  # on one rank too: of two gradients the sum is the same in either order
+    reached = max(map(int, re.findall(r"step(?: |0{2,4})(\d+)", row["said"])), default=0)
+    assert int(row["compared"][4:]) > max(row["step"], reached), row  # saved after the fault, not before it
     assert "supervise: finished after" in output
 
 

@@ -62,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--stage", type=int, default=2, help="ZeRO stage")
     parser.add_argument("--fp32", action="store_true", help="fp32 instead of bf16")
     parser.add_argument("--full_lrs", nargs="+", type=float, default=[3e-5, 1e-4, 3e-4, 1e-3], help="of full tuning")
-    parser.add_argument("--lora_lrs", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2, 3e-2], help="of LoRA")
+    parser.add_argument("--lora_lrs", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2], help="of LoRA")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="of LoRA")
     parser.add_argument("--epochs", type=int, default=4, help="most epochs of a run")
     parser.add_argument("--patience", type=int, default=1, help="epochs without a lower held-out loss until a run ends")

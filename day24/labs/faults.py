@@ -26,32 +26,33 @@ from bench.table import Table
 from bench.world import free_port, run_ranks
 from common.errors import UserError, clear_errors
 from common.run_log import default_run_dir
-from day17.checkpoints import checkpoints
+from day17.checkpoints import checkpoints, read_manifest
 from day18.loading import load_safely
 from day24.hosts import Lab, open_lab
 from day24.watch import read_beats
 
 TIMEOUT_S, WAIT_S, SAVE_EVERY = 7, 3, 5
-# Each fault: the step at which it is injected, and within how many seconds the supervisor has to have named it.
+# Each fault: the step from which on it is injected, within how many seconds the supervisor has to have named it, and
+# how many ranks go on: the weights that are compared are those of their first checkpoint after the fault.
 PLAN = {
-    "link cut": (7, TIMEOUT_S + 6),  # the collective's time-out, then 3 s until ssh gives up, then the sentence
-    "disk full": (17, 5),
-    "sshd gone": (27, 10),
-    "link slow": (29, 30),
-    "host killed": (37, TIMEOUT_S + 6),
-    "one host fewer": (37, WAIT_S + 12),  # from the moment at which the host is known to be gone
-    "host back": (43, 15),
-    "other config": (43, 60),  # at the next start, which is what takes the time
-    "wrong clock": (43, 60),
+    "link cut": (7, TIMEOUT_S + 6, 2),  # the collective's time-out, then 3 s until ssh gives up, then the sentence
+    "disk full": (17, 5, 2),
+    "sshd gone": (27, 10, 2),
+    "link slow": (29, 30, 2),
+    "host killed": (37, TIMEOUT_S + 6, 1),
+    "one host fewer": (37, WAIT_S + 12, 1),  # from the moment at which the host is known to be gone
+    "host back": (43, 15, 2),
+    "other config": (43, 60, 2),  # at the next start, which is what takes the time
+    "wrong clock": (43, 60, 2),
 }
-STEPS = 90
+STEPS = 130
 
 
 class Drill:
     """A supervised run in the lab: what it says, with the time of each line."""
 
     def __init__(self, lab: Lab, run_dir: Path, flags: list[str]) -> None:
-        self.lab, self.run_dir, self.lines = lab, run_dir, []
+        self.lab, self.run_dir, self.lines, self.reached = lab, run_dir, [], 0
         train = ["deepspeed", "-q", "--hostfile", lab.hostfile, "--master_addr", lab["A"].address, "--master_port"]
         train += [free_port(), "day24/train.py", *flags, "--run_dir", run_dir, "--timeout_s", TIMEOUT_S]
         train += ["--host_log", lab.folder / "disk"]
@@ -80,6 +81,11 @@ class Drill:
         said = "\n".join(line for _, line in self.lines[-30:])
         raise UserError(f"nobody said {pattern!r} within {seconds:g} s of the fault; the last lines:\n{said}")
 
+    def step(self) -> int:
+        """The last step that a rank of any launch so far has begun: what is saved later was saved after the fault."""
+        self.reached = max([self.reached, *(beat["step"] for beat in read_beats(self.run_dir).values())])
+        return self.reached
+
     def wait_for_step(self, step: int, ranks: int = 2) -> float:
         """Until all ranks of this launch are at `step`; return the time."""
         ends = time.monotonic() + 120
@@ -98,9 +104,9 @@ def inject(drill: Drill) -> list[dict]:
 
     def noticed(case: str, since: float, pattern: str) -> None:
         seconds, said = drill.wait_for(pattern, since)
-        rows.append(
-            {"case": case, "step": PLAN[case][0], "noticed_s": seconds, "within_s": PLAN[case][1], "said": said}
-        )
+        _, within_s, ranks = PLAN[case]
+        row = {"case": case, "step": drill.step(), "noticed_s": seconds, "within_s": within_s, "said": said}
+        rows.append(row | {"ranks": ranks})
         print(f"{case}: {seconds:.1f} s: {said}", flush=True)
 
     at = drill.wait_for_step(PLAN["link cut"][0])
@@ -127,7 +133,7 @@ def inject(drill: Drill) -> list[dict]:
     host.kill()
     noticed("host killed", at, r"host-b \(rank 1\) does not answer: .*timed out.*noticed [\d.]+ s")
     noticed("one host fewer", time.monotonic(), r"has 2 ranks, now 1: universal_step\d+")
-    drill.wait_for_step(PLAN["host back"][0], ranks=1)
+    drill.wait_for_step(drill.step() + SAVE_EVERY + 1, ranks=1)  # one checkpoint of one rank, to compare
     host.start(sshd=False)  # back from the repair shop: an old config, a clock of its own, and sshd last
     host.shift_clock(3600)
     config, other = HERE / "ds_config.json", drill.lab.folder / "ds_config.json"
@@ -153,8 +159,11 @@ def compare(rows: list[dict], whole: Path, disturbed: Path) -> None:
     """Into each row: the first checkpoint after the fault that both runs have, and how far its weights are apart."""
     ours = {folder.name: folder for folder in checkpoints(disturbed / "checkpoints")}
     both = sorted(folder.name for folder in checkpoints(whole / "checkpoints") if folder.name in ours)
+    ranks = {name: read_manifest(ours[name])["ranks"] for name in both}
     for row in rows:
-        name = next(name for name in both if int(name[4:]) >= row["step"] + SAVE_EVERY)
+        name = next((name for name in both if int(name[4:]) > row["step"] and ranks[name] == row["ranks"]), None)
+        if not name:
+            raise UserError(f"{row['case']}: no checkpoint of {row['ranks']} ranks after step {row['step']}")
         mine, theirs = weights(ours[name]), weights(whole / "checkpoints" / name)
         row["compared"] = name
         row["apart"] = max((mine[key] - theirs[key]).abs().max().item() for key in theirs)
@@ -186,7 +195,9 @@ def main() -> None:
         raise UserError(f"the run that nobody disturbed failed: {whole[0].stderr[-500:]}")
     compare(rows, run_dir / "whole", run_dir / "disturbed")
     columns = {"noticed s": "noticed_s:.1f", "within": "within_s:.0f", "bitwise": "bitwise:s", "apart": "apart:.1e"}
-    table = Table(run_dir / "faults.json", columns | {"compared": "compared:s"}, timeout_s=TIMEOUT_S)
+    table = Table(
+        run_dir / "faults.json", columns | {"compared": "compared:s", "ranks": "ranks:d"}, timeout_s=TIMEOUT_S
+    )
     for row in rows:
         table.add(row)
     table.close()
