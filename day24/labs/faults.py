@@ -35,11 +35,11 @@ TIMEOUT_S, WAIT_S, SAVE_EVERY = 7, 3, 5
 # Each fault: the step from which on it is injected, within how many seconds the supervisor has to have named it, and
 # how many ranks go on: the weights that are compared are those of their first checkpoint after the fault.
 PLAN = {
-    "link cut": (7, TIMEOUT_S + 6, 2),  # the collective's time-out, then 3 s until ssh gives up, then the sentence
+    "link cut": (7, TIMEOUT_S + 8, 2),  # the collective's time-out, then 3 s until ssh gives up, then the sentence
     "disk full": (17, 5, 2),
     "sshd gone": (27, 10, 2),
     "link slow": (29, 30, 2),
-    "host killed": (37, TIMEOUT_S + 6, 1),
+    "host killed": (37, TIMEOUT_S + 8, 1),
     "one host fewer": (37, WAIT_S + 12, 1),  # from the moment at which the host is known to be gone
     "host back": (43, 15, 2),
     "other config": (43, 60, 2),  # at the next start, which is what takes the time
