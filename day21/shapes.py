@@ -1,11 +1,11 @@
 """Day 21: models of any shape for its labs - GPT-2, Llama, Qwen 2 from flags, random, and the plan's word for each.
 
-    from day21.shapes import build_shape, random_ids
+    from day21.shapes import add_shape_flags, build_shape, random_ids
 
+    add_shape_flags(parser, layers=16, hidden=256, heads=4, seq_len=256, micro_batch=2, vocab=512)  # the defaults
     model, shape = build_shape(args, device)     # a transformers model; config/plan.py's Model of it
 
-The labs' flags: --family, --layers, --hidden, --heads, --seq_len, --micro_batch, --vocab; --intermediate, --kv_heads,
---bf16; and --seed.
+`build_shape` and `random_ids` take these flags and --seed.
 
 Checked with transformers 5.20. Source: config/plan.py (layer_bytes), which says what each shape keeps.
 """
@@ -25,6 +25,22 @@ from transformers import (
 
 from common.errors import UserError
 from config.plan import Model
+
+
+def add_shape_flags(
+    parser: argparse.ArgumentParser, layers: int, hidden: int, heads: int, seq_len: int, micro_batch: int, vocab: int
+) -> None:
+    """Add the flags of `build_shape` to `parser`, with these defaults."""
+    parser.add_argument("--family", choices=["gpt2", "llama"], default="gpt2", help="GPT-2's layers, or Llama's")
+    parser.add_argument("--layers", type=int, default=layers, help="number of layers")
+    parser.add_argument("--hidden", type=int, default=hidden, help="hidden size")
+    parser.add_argument("--heads", type=int, default=heads, help="attention heads")
+    parser.add_argument("--seq_len", type=int, default=seq_len, help="tokens a sequence")
+    parser.add_argument("--micro_batch", type=int, default=micro_batch, help="sequences a rank and micro-step")
+    parser.add_argument("--vocab", type=int, default=vocab, help="vocabulary size")
+    parser.add_argument("--intermediate", type=int, help="width of the MLP (default: 4h in GPT-2, 8h/3 in Llama)")
+    parser.add_argument("--kv_heads", type=int, help="Llama's heads of keys and values (default: as many as heads)")
+    parser.add_argument("--bf16", action="store_true", help="weights and activations in bf16")
 
 
 def build_shape(

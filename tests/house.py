@@ -13,20 +13,21 @@ FOLDERS = r"(?:day\d\d|capstone|config|data|tests|common|bench)"
 LAUNCHER_OPTIONS = {"--num_accelerators", "--num_gpus", "--num_nodes", "--master_port", "--master_addr", "--hostfile"}
 LAUNCHER_OPTIONS |= {"--include", "--exclude", "--log_level", "--no_ssh", "--node_rank"}
 
-
-CAPSTONE_FLAGS = ("add_config_flags", "add_base_flags")  # of capstone/config.py: programs call them for shared flags
+# Modules whose functions add flags that several programs share; a function stands before those that it calls.
+SHARED_FLAGS = {"capstone/config.py": ("add_base_flags", "add_config_flags"), "day21/shapes.py": ("add_shape_flags",)}
 
 
 @cache
 def flags_of(script: Path) -> dict[str, str]:
-    """Map each `--flag` of `script` to the source of its `help=`, those that capstone/config.py adds for it as well."""
+    """Map each `--flag` of `script` to the source of its `help=`, those that a shared function adds for it as well."""
     tree = ast.parse(script.read_text())
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    shared = ast.parse((ROOT / "capstone/config.py").read_text())
-    for name in CAPSTONE_FLAGS[::-1]:  # the base flags take the config's along
-        if any(getattr(call.func, "id", "") == name for call in calls):
-            (adding,) = [node for node in shared.body if isinstance(node, ast.FunctionDef) and node.name == name]
-            calls += [node for node in ast.walk(adding) if isinstance(node, ast.Call)]
+    for module, names in SHARED_FLAGS.items():
+        shared = ast.parse((ROOT / module).read_text())
+        for name in names:
+            if any(getattr(call.func, "id", "") == name for call in calls):
+                (adding,) = [node for node in shared.body if isinstance(node, ast.FunctionDef) and node.name == name]
+                calls += [node for node in ast.walk(adding) if isinstance(node, ast.Call)]
     adds = [c for c in calls if getattr(c.func, "attr", "") == "add_argument" and isinstance(c.args[0], ast.Constant)]
     return {
         argument.value: next((ast.unparse(k.value) for k in call.keywords if k.arg == "help"), "")

@@ -34,7 +34,7 @@ from bench.world import free_port, join_world, run_together
 from common.errors import UserError, clear_errors
 from common.run_log import default_run_dir
 from day21.recompute import WAYS, recompute_every
-from day21.shapes import build_shape
+from day21.shapes import add_shape_flags, build_shape
 from day21.snapshot import save
 
 COLUMNS = {
@@ -58,16 +58,7 @@ CONFIG = {
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=["gpt2", "llama"], default="gpt2", help="GPT-2's layers, or Llama's")
-    parser.add_argument("--layers", type=int, default=12, help="number of layers")
-    parser.add_argument("--hidden", type=int, default=768, help="hidden size")
-    parser.add_argument("--heads", type=int, default=12, help="attention heads")
-    parser.add_argument("--seq_len", type=int, default=1024, help="tokens a sequence")
-    parser.add_argument("--micro_batch", type=int, default=8, help="sequences a rank and micro-step")
-    parser.add_argument("--vocab", type=int, default=50257, help="vocabulary size")
-    parser.add_argument("--intermediate", type=int, help="width of the MLP (default: 4h in GPT-2, 8h/3 in Llama)")
-    parser.add_argument("--kv_heads", type=int, help="Llama's heads of keys and values (default: as many as heads)")
-    parser.add_argument("--bf16", action="store_true", help="weights and activations in bf16")
+    add_shape_flags(parser, layers=12, hidden=768, heads=12, seq_len=1024, micro_batch=8, vocab=50257)
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps (not micro-batches)")
     parser.add_argument(
         "--room", type=float, default=1.05, help="limit of the second round, in what tensors took at most"

@@ -31,7 +31,7 @@ from common.ranks import over_ranks
 from common.run_log import default_run_dir
 from day21.peak import step_peak
 from day21.recompute import WAYS, blocks_of, recompute_every
-from day21.shapes import build_shape, random_ids
+from day21.shapes import add_shape_flags, build_shape, random_ids
 
 COLUMNS = {"left by forward MB": "left_bytes:MB", "peak MB": "peak_bytes:MB", "grad diff": "difference:.1e"}
 PARTITION = {"partition_activations": True}
@@ -70,16 +70,7 @@ class OneTensorGroup:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=["gpt2", "llama"], default="gpt2", help="GPT-2's layers, or Llama's")
-    parser.add_argument("--layers", type=int, default=8, help="number of layers")
-    parser.add_argument("--hidden", type=int, default=128, help="hidden size")
-    parser.add_argument("--heads", type=int, default=4, help="attention heads")
-    parser.add_argument("--seq_len", type=int, default=128, help="tokens a sequence")
-    parser.add_argument("--micro_batch", type=int, default=4, help="sequences a rank and micro-step")
-    parser.add_argument("--vocab", type=int, default=64, help="vocabulary size")
-    parser.add_argument("--intermediate", type=int, help="width of the MLP (default: 4h in GPT-2, 8h/3 in Llama)")
-    parser.add_argument("--kv_heads", type=int, help="Llama's heads of keys and values (default: as many as heads)")
-    parser.add_argument("--bf16", action="store_true", help="weights and activations in bf16")
+    add_shape_flags(parser, layers=8, hidden=128, heads=4, seq_len=128, micro_batch=4, vocab=64)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="settings to try")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")

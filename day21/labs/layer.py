@@ -23,7 +23,7 @@ from bench.table import Table
 from common.errors import clear_errors
 from common.run_log import default_run_dir
 from config.plan import layer_bytes
-from day21.shapes import build_shape, random_ids
+from day21.shapes import add_shape_flags, build_shape, random_ids
 
 COLUMNS = {"counted": "units:.2f", "plan": "plan_units:.2f", "paper": "paper_units:.2f", "tensors": "tensors:d"}
 CASES = [("eager", False), ("eager", True), ("sdpa", False), ("sdpa", True)]  # attention, fused GELU
@@ -31,16 +31,7 @@ CASES = [("eager", False), ("eager", True), ("sdpa", False), ("sdpa", True)]  # 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=["gpt2", "llama"], default="gpt2", help="GPT-2's layers, or Llama's")
-    parser.add_argument("--layers", type=int, default=1, help="number of layers")
-    parser.add_argument("--hidden", type=int, default=128, help="hidden size")
-    parser.add_argument("--heads", type=int, default=4, help="attention heads")
-    parser.add_argument("--seq_len", type=int, default=256, help="tokens a sequence")
-    parser.add_argument("--micro_batch", type=int, default=2, help="sequences a rank and micro-step")
-    parser.add_argument("--vocab", type=int, default=64, help="vocabulary size")
-    parser.add_argument("--intermediate", type=int, help="width of the MLP (default: 4h in GPT-2, 8h/3 in Llama)")
-    parser.add_argument("--kv_heads", type=int, help="Llama's heads of keys and values (default: as many as heads)")
-    parser.add_argument("--bf16", action="store_true", help="weights and activations in bf16")
+    add_shape_flags(parser, layers=1, hidden=128, heads=4, seq_len=256, micro_batch=2, vocab=64)
     parser.add_argument("--list", action="store_true", help="list the tensors of the last case")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
     parser.add_argument("--run_dir", default=default_run_dir("day21"), help="folder for layer.json")

@@ -33,7 +33,7 @@ from common.run_log import default_run_dir
 from config.plan import DTYPE_BYTES, Model, activation_bytes, layer_bytes
 from day21.peak import step_peak
 from day21.recompute import WAYS, blocks_of, recompute_every
-from day21.shapes import build_shape, random_ids
+from day21.shapes import add_shape_flags, build_shape, random_ids
 
 COLUMNS = {
     "peak MB": "peak_bytes:MB", "formula MB": "formula_bytes:MB", "peak/formula": "peak_of_formula:.3f",
@@ -43,16 +43,7 @@ COLUMNS = {
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=["gpt2", "llama"], default="gpt2", help="GPT-2's layers, or Llama's")
-    parser.add_argument("--layers", type=int, default=16, help="number of layers")
-    parser.add_argument("--hidden", type=int, default=256, help="hidden size")
-    parser.add_argument("--heads", type=int, default=4, help="attention heads")
-    parser.add_argument("--seq_len", type=int, default=256, help="tokens a sequence")
-    parser.add_argument("--micro_batch", type=int, default=2, help="sequences a rank and micro-step")
-    parser.add_argument("--vocab", type=int, default=512, help="vocabulary size")
-    parser.add_argument("--intermediate", type=int, help="width of the MLP (default: 4h in GPT-2, 8h/3 in Llama)")
-    parser.add_argument("--kv_heads", type=int, help="Llama's heads of keys and values (default: as many as heads)")
-    parser.add_argument("--bf16", action="store_true", help="weights and activations in bf16")
+    add_shape_flags(parser, layers=16, hidden=256, heads=4, seq_len=256, micro_batch=2, vocab=512)
     parser.add_argument("--every", type=int, nargs="*", help="segments to try (default: all powers of 2)")
     parser.add_argument("--ways", nargs="*", choices=list(WAYS)[1:], help="other ways (default: all that make sense)")
     parser.add_argument(

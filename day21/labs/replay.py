@@ -33,7 +33,7 @@ from common.plots import plt, save_plot
 from common.run_log import default_run_dir, show_path
 from day21.allocator import MIB, SMALL, CachingAllocator, OutOfMemory, replay
 from day21.peak import memory_events
-from day21.shapes import build_shape
+from day21.shapes import add_shape_flags, build_shape
 from day21.snapshot import draw, events_of, load, save
 
 COLUMNS = {
@@ -53,16 +53,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--record", help="train here, and write a trace into this file (.gz)")
     parser.add_argument("--longest_first", action="store_true", help="with --record: the longest sequences come first")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps (not micro-batches)")
-    parser.add_argument("--family", choices=["gpt2", "llama"], default="gpt2", help="GPT-2's layers, or Llama's")
-    parser.add_argument("--layers", type=int, default=4, help="number of layers")
-    parser.add_argument("--hidden", type=int, default=256, help="hidden size")
-    parser.add_argument("--heads", type=int, default=4, help="attention heads")
-    parser.add_argument("--seq_len", type=int, default=512, help="tokens a sequence")
-    parser.add_argument("--micro_batch", type=int, default=8, help="sequences a rank and micro-step")
-    parser.add_argument("--vocab", type=int, default=4096, help="vocabulary size")
-    parser.add_argument("--intermediate", type=int, help="width of the MLP (default: 4h in GPT-2, 8h/3 in Llama)")
-    parser.add_argument("--kv_heads", type=int, help="Llama's heads of keys and values (default: as many as heads)")
-    parser.add_argument("--bf16", action="store_true", help="weights and activations in bf16")
+    add_shape_flags(parser, layers=4, hidden=256, heads=4, seq_len=512, micro_batch=8, vocab=4096)
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
     parser.add_argument("--run_dir", default=default_run_dir("day21"), help="folder for replay.json and plots")
     return parser.parse_args()
