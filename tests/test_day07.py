@@ -152,6 +152,22 @@ def test_speed_changes_what_it_names_and_nothing_else(tmp_path):
         assert rows["leaf"]["num_hooks"] < rows["defaults"]["num_hooks"] / 2
         assert rows["leaf_copies"]["zero_optimization"].items() > rows["leaf"]["zero_optimization"].items()
         assert "contiguous_gradients" in rows["leaf_copies"]["zero_optimization"]
+    llama = {row["case"]: row["linear"] for row in table[2 * len(cases) :]}  # one by one: no case leaves it to the next
+    assert llama == dict.fromkeys(cases[:2], "linear") | dict.fromkeys(cases[2:], "zero3_linear_wrap")
+
+
+def test_the_notes_compare_the_tuned_as_the_record_does():
+    """Speeds of ZeRO-3 and of ZeRO-2 over FSDP2's, tuned alike, per load; and ZeRO-3 over ZeRO-2."""
+    table = json.loads((ROOT / "day07/results/speed_2xh200.json").read_text())["table"]
+    loads: dict[tuple, dict[str, float]] = {}
+    for row in table:
+        loads.setdefault((row["model"], row["micro_batch"]), {})[row["case"]] = row["tokens_per_s"]
+    pairs = [("tuned", "fsdp2_tuned"), ("tuned", "zero2_tuned"), ("zero2_tuned", "fsdp2_tuned")]
+    ratios = [[f"{speeds[one] / speeds[other]:.2f}" for speeds in loads.values()] for one, other in pairs]
+    for page, listed in zip(both_pages(), ["{}, {} and {}", "{}、{} 和 {}"], strict=True):
+        for three in ratios:
+            assert listed.format(*three) in page, three
+    assert float(ratios[0][2]) >= 0.95  # at 8 billion parameters
 
 
 @pytest.mark.launch

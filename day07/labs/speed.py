@@ -1,6 +1,6 @@
 """Day 07: how fast is ZeRO-3 - beside FSDP2 and ZeRO-2, with DeepSpeed's defaults, leaf modules, and tuned alike.
 
-From the repository root; the second on two GPUs of 140 GB, eight minutes or so:
+From the repository root; the second on two GPUs of 140 GB, five minutes or so:
 
     deepspeed --num_accelerators 2 day07/labs/speed.py --cases fsdp2 zero2 leaf --llama tiny --steps 4 --window 2
     deepspeed --num_accelerators 2 day07/labs/speed.py --model gpt2-xl --micro_batch 8 24 --llama 8b
@@ -24,6 +24,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import stage3
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -48,13 +49,16 @@ LEAF = {"leaf_module": {"classes": [f"transformers.models.{name}" for name in LE
 LIVE = {"stage3_max_live_parameters": 4_000_000_000, "stage3_max_reuse_distance": 4_000_000_000}
 BUCKETS = {"reduce_bucket_size": 100_000_000, "stage3_prefetch_bucket_size": 100_000_000}
 # Llamas by size: hidden, intermediate, layers, heads, those of k and v; vocabulary, tokens of a sequence, tokenizer.
-# 8b is the shape of Llama 3.1 8B.
+# 8b is the shape of Llama 3.1 8B; 3b has 8 of its 32 layers, which DeepCompile compiles in minutes.
 LLAMAS = {
     "tiny": ((64, 192, 2, 4, 2), 4096, 128, "bpe4096"),
     "8b": ((4096, 14336, 32, 32, 8), 128_256, 4096, "gpt2"),
+    "3b": ((4096, 14336, 8, 32, 8), 128_256, 4096, "gpt2"),
 }
 LLAMA_BATCH = 2  # sequences a rank
-# case: (what it starts from, what it changes in zero_optimization, what it changes in the model)
+# A whole block of a Llama 8B (218M) is fetched while the one before computes, not a quarter; compiled code is shared.
+AHEAD = {"stage3_prefetch_bucket_size": 250_000_000, "memory_efficient_linear": False}
+# case: (what it starts from, what it changes in zero_optimization, and what besides)
 RUNGS = {
     "fsdp2": (None, None, ()),
     "fsdp2_compiled": (None, None, ("compiled",)),
@@ -69,7 +73,12 @@ RUNGS = {
     "leaf_copies": ("leaf", {"contiguous_gradients": False}, ()),
     "leaf_buckets": ("leaf", BUCKETS, ()),
     "leaf_live": ("leaf", LIVE, ()),
-    "tuned": ("leaf", {"contiguous_gradients": False}, ("compiled", "reentrant")),
+    "tuned_late": ("leaf", {"contiguous_gradients": False}, ("compiled", "reentrant")),
+    "tuned": ("tuned_late", AHEAD, ("compiled", "reentrant")),
+    "tuned_live": ("tuned", LIVE, ("compiled", "reentrant")),
+    "tuned_fp32_grads": ("tuned", {}, ("compiled", "reentrant", "fp32_grads")),
+    "tuned_fp32_norm": ("tuned", {}, ("compiled", "reentrant", "fp32_norm")),
+    "deepcompile": ("defaults", {}, ("deepcompile",)),
     "granularity": ("defaults", {"stage3_module_granularity_threshold": 4_000_000}, ()),  # wrong on CUDA: the notes
 }
 MAIN = ["fsdp2", "fsdp2_tuned", "zero2", "zero2_tuned", "defaults", "leaf", "tuned"]  # those of the page's table
@@ -77,6 +86,8 @@ COLUMNS = {
     "model": "model:s", "micro": "micro_batch:d", "tok/s": "tokens_per_s:.0f", "ratio": "ratio:.3f",
     "held GiB": "held_bytes:GiB", "peak GiB": "peak_bytes:GiB", "last loss": "losses.-1:.4f",
 }  # fmt: skip
+PLAIN_LINEAR, NORM_DTYPE = torch.nn.functional.linear, stage3.get_norm_dtype
+PRODUCTS = ("gemm", "nvjet", "cutlass")  # words in the names of kernels that multiply matrices
 HOOKS = [f"{when}_sub_module_{way}_function" for when in ("pre", "post") for way in ("forward", "backward")]
 
 
@@ -85,7 +96,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=RUNGS, default=MAIN, help="what to train")
     parser.add_argument("--profile", nargs="*", choices=RUNGS, default=[], help="cases to look into for one more step")
     parser.add_argument("--micro_batch", nargs="+", type=int, default=[8], help="sequences a rank; several: one by one")
-    parser.add_argument("--llama", choices=LLAMAS, help="after the GPT-2: a Llama of this size, case by case")
+    parser.add_argument("--llama", choices=LLAMAS, help="after the GPT-2, or alone (--model none): case by case")
     parser.add_argument("--steps", type=int, default=9, help="optimizer steps (not micro-batches)")
     parser.add_argument("--window", type=int, default=3, help="steps that a case takes before the next one's turn")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data order")
@@ -107,6 +118,10 @@ def rung_config(case: str, micro_batch: int) -> dict:
     config = read_config(HERE / "ds_config.json")
     config |= {"train_micro_batch_size_per_gpu": micro_batch, "zero_optimization": zero_options(case)}
     config["bf16"] = {"enabled": True}
+    if "fp32_grads" in RUNGS[case][2]:  # as FSDP2 keeps them; in bf16 a step has to convert them, twice
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if "deepcompile" in RUNGS[case][2]:
+        config["compile"] = {"deepcompile": True}
     config["optimizer"]["params"]["lr"] = 1e-4
     config["optimizer"]["params"]["fused"] = True  # PyTorch's one-kernel AdamW, as in the baseline: nothing to compile
     return config
@@ -134,8 +149,19 @@ def fresh_model(name: str, vocab_size: int) -> torch.nn.Module:
     return model
 
 
+def restore(changes: Collection[str]) -> None:
+    """Take back what ZeRO-3 leaves behind in this process, and set the precision in which it takes gradients' norms.
+
+    It puts its own function in the place of `F.linear`, for all models to come (`memory_efficient_linear`, default
+    true). Its norm is taken in fp64, and no key changes that: `fp32_norm` shows what that costs.
+    """
+    torch.nn.functional.linear = PLAIN_LINEAR
+    stage3.get_norm_dtype = (lambda: torch.float32) if "fp32_norm" in changes else NORM_DTYPE
+
+
 def build(case: str, model_name: str, vocab_size: int, args: argparse.Namespace, device: torch.device) -> Rung:
     _, zero, changes = RUNGS[case]
+    restore(changes)
     before = get_accelerator().memory_allocated()
     torch.manual_seed(args.seed)
     with device:
@@ -143,17 +169,21 @@ def build(case: str, model_name: str, vocab_size: int, args: argparse.Namespace,
     model.gradient_checkpointing_enable({"use_reentrant": "reentrant" in changes})
     if "compiled" in changes:  # what runs inside the hooks; all blocks share the code
         # By default eight variants of a function for all cases and micro-batches together; later ones would run eager.
+        # (ZeRO-3's own linear function makes a variant a block: `memory_efficient_linear`.)
         torch._dynamo.config.recompile_limit = 64
         # Nobody changes the modules between two steps: checking that in each call would cost the host time.
         options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         for block in blocks_of(model):
             block.forward = torch.compile(block.forward, options=options)
-    facts = {"case": case, "model": model_name, "model_changes": sorted(changes)}
+    facts = {"case": case, "model": model_name, "changes": sorted(changes)}
     if zero is None:
         rung = Rung(build_fsdp2(model, 1e-4, bf16=True)[0], None, facts)
     else:
         rung = Rung(*build_deepspeed(model, rung_config(case, args.micro_batch[0])), facts)
         facts["zero_optimization"] = zero_options(case)
+        if "deepcompile" in changes:
+            sys.setrecursionlimit(20_000)  # a deep model's graph ends in RecursionError at Python's 1,000
+            rung.engine.compile()
         if rung.engine.zero_optimization_stage() == 3:  # leaf modules have no hooks inside
             facts["num_hooks"] = len(rung.engine.optimizer.parameter_offload.forward_hooks)
     if device.type != "cpu":
@@ -179,15 +209,21 @@ def train_window(
 
 
 def in_the_trace(rung: Rung, batch: dict, path: Path) -> dict[str, float]:
-    """Milliseconds of one step on this rank: wall time, and from the trace what GPU and host did of it."""
+    """Milliseconds of one step on this rank: wall time, and from the trace what GPU and host did of it.
+
+    `gpu_update`: from the end of the last matrix product to the end, which is averaging's rest, norm and optimizer.
+    """
     wall = []
     events = trace_step(lambda: wall.append(time_step(partial(rung.train_step, batch))[0] * 1e3), path)
     on_gpu = [event for event in events if event.get("cat") in ON_DEVICE]
     calls = [event for event in events if event.get("cat") == "cuda_runtime"]
+    ends = [(event["ts"] + event["dur"], any(word in event["name"] for word in PRODUCTS)) for event in on_gpu]
+    last_product = max((end for end, product in ends if product), default=0)
     return {
         "wall": wall[0],
         "gpu_busy": union_ms(on_gpu),
         "gpu_computing": union_ms(event for event in on_gpu if "nccl" not in event["name"]),
+        "gpu_update": (max(end for end, _ in ends) - last_product) / 1e3 if last_product else 0.0,
         "host_waiting": union_ms(call for call in calls if "Synchronize" in call["name"]),
         "host_launching": union_ms(call for call in calls if "Synchronize" not in call["name"]),
         "kernels": len(on_gpu),
@@ -223,7 +259,8 @@ def on_the_host(rung: Rung, batch: dict) -> dict[str, float]:
 def look_into(rung: Rung, batch: dict, folder: Path) -> dict[str, dict[str, float]]:
     """One step under the profiler, and for ZeRO-3 one more with clocks in it: {"trace_ms": ..., "host_ms": ...}."""
     found = {"trace_ms": in_the_trace(rung, batch, folder / f"trace_{rung.facts['case']}_rank{dist.get_rank()}.json")}
-    if rung.engine and rung.engine.zero_optimization_stage() == 3:
+    hooked = "deepcompile" not in rung.facts["changes"]  # DeepCompile removes the hooks
+    if rung.engine and rung.engine.zero_optimization_stage() == 3 and hooked:
         found["host_ms"] = on_the_host(rung, batch)
     return found
 
@@ -243,6 +280,7 @@ def measure(
         losses = [loss for _, loss in steps]
         row = rung.facts | rung.memory | {"micro_batch": micro_batch, "tokens": blocks.block_size, "losses": losses}
         row |= {"step_ms": step_ms, "median_ms": slowest_median(step_ms, device, warm_up=args.window)}  # 1st: warm-up
+        row["linear"] = torch.nn.functional.linear.__name__  # PyTorch's, or what ZeRO-3 has put in its place
         row["tokens_per_s"] = micro_batch * blocks.block_size / row["median_ms"] * 1e3
         looks = {}
         if look and case in args.profile:  # the last time: whoever came later would meet the clocks that it leaves
@@ -315,6 +353,8 @@ def main() -> None:
     args = parse_args()
     if args.steps <= args.window:
         raise UserError(f"--steps {args.steps}: more than --window {args.window}, as the first window is not timed")
+    if args.model == "none" and not args.llama:
+        raise UserError("--model none: nothing to train; name a Llama with --llama, or a preset of common/model.py")
     if missing := set(args.profile) - set(args.cases):
         raise UserError(f"--profile {' '.join(sorted(missing))}: only a case that is trained; add it to --cases")
     device = join_world()
@@ -322,7 +362,8 @@ def main() -> None:
     ranks = dist.get_world_size()
     table = Table(Path(args.run_dir) / "speed.json", COLUMNS, ranks=ranks, model=args.model)
     kept = live_storages(device)
-    train_together(args, device, table)
+    if args.model != "none":
+        train_together(args, device, table)
     if args.llama:
         empty(device, kept)
         train_one_by_one(args, device, table)

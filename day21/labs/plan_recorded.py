@@ -43,7 +43,7 @@ ZERO = {  # what day07/labs/compare.py gave DeepSpeed, as far as it takes memory
         "offload": {"stage": 3, "offload_optimizer": HOST, "offload_param": HOST},
     }.items()
 }  # fmt: skip
-OURS = ["plan_check_1xh200.json", "plan_check_lora_1xh200.json"]
+OURS = ["plan_check_1xh200.json", "plan_check_lora_1xh200.json", "plan_check_zero3_1xh200.json"]
 FILES = ["compare_xl_2xh200.json", "offload_2xh200.json", "speed_2xh200.json", "speed_4xh200.json"]
 
 
