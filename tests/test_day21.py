@@ -410,7 +410,7 @@ def test_the_plan_is_right_on_the_gpus_that_were_recorded(tmp_path):
     rows = json.loads((tmp_path / "plan_recorded.json").read_text())["table"]
     assert len(rows) == 42 and {row["gpus"] for row in rows} == {1, 2, 4}
     assert {row["stage"] for row in rows} == {0, 1, 2, 3}
-    assert {row["tokens"] for row in rows} == {1024, 2048, 4096, 16384}
+    assert {row["tokens"] for row in rows} == {1024, 2048, 4096, 8192, 16384}
     for row in rows:  # 2.4 % was measured, with an optimizer on the host
         assert row["predicted_of_measured"] == pytest.approx(1, abs=0.05), row["case"]
     for name in ("plan_check_1xh200.json", "plan_check_lora_1xh200.json", "plan_check_zero3_1xh200.json"):
