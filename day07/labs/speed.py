@@ -211,7 +211,7 @@ def train_window(
 def in_the_trace(rung: Rung, batch: dict, path: Path) -> dict[str, float]:
     """Milliseconds of one step on this rank: wall time, and from the trace what GPU and host did of it.
 
-    `gpu_update`: from the end of the last matrix product to the end, which is averaging's rest, norm and optimizer.
+    `gpu_update`: from the end of the last matrix product on: what is left of averaging, then norm, clipping, AdamW.
     """
     wall = []
     events = trace_step(lambda: wall.append(time_step(partial(rung.train_step, batch))[0] * 1e3), path)
