@@ -1,10 +1,10 @@
-"""Day 22, your turn: the three small things that decide what fine-tuning learns.
+"""Day 22, your turn: the four small things that decide what fine-tuning learns.
 
-Fill in the three TODOs, then check yourself (any number of ranks; each checks for itself):
+Fill in the four TODOs, then check yourself (any number of ranks; each checks for itself):
 
     deepspeed --num_accelerators 2 day22/exercise.py
 
-It says what is wrong, or "solved". The answers are in solution.py. Source: day22/notes.md.
+It says what is wrong, or "solved". The answers are in solution.py. Source: day22/notes.md, and packing.md for TODO 4.
 """
 
 import argparse
@@ -27,6 +27,8 @@ TURNS = [
     ("user", [14]),
     ("assistant", [EOS, 9]),
 ]
+# Three samples of token ids and labels; only of the second is the first token an answer's.
+SAMPLES = [([31, 32, 33], [-100, 32, 33]), ([41], [41]), ([51, 52], [-100, 52])]
 LABELS = [-100] * 5 + [21, EOS, -100] + [-100] + [EOS, -100]
 
 
@@ -57,7 +59,40 @@ def decay_groups(shapes: dict[str, tuple[int, ...]], frozen: set[str]) -> tuple[
     raise NotImplementedError
 
 
-def check(answer_labels, divisor, decay_groups) -> None:
+def pack_row(samples: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[int], list[list[bool]]]:
+    """Samples of (token ids, labels) as one row of T tokens: its position ids, its labels, and its mask of T x T.
+
+    mask[i][j]: whether token i may look at token j. None of the samples may notice that the others are there.
+    """
+    # TODO 4: positions start anew with each sample, attention looks back and stops at the border. And a label says what
+    # the token *before* it has to guess: which one of each sample must not be guessed?
+    # 把多个样本（token id, 标签）放进一行，返回 position id、标签和 T x T 的掩码；mask[i][j] 表示第 i 个 token 能否看到
+    # 第 j 个。位置从每个样本重新开始，注意力只往回看，到样本边界为止。标签要由*前一个* token 猜出来：每个样本的哪一个
+    # 不该猜？
+    raise NotImplementedError
+
+
+def check_packed(pack_row) -> None:
+    packed = pack_row(SAMPLES)
+    if not isinstance(packed, tuple) or len(packed) != 3:
+        raise UserError(f"not yet: pack_row() returned {packed!r}, want position ids, labels and a mask.")
+    positions, labels, mask = packed
+    where = [(sample, at) for sample, (ids, _) in enumerate(SAMPLES) for at in range(len(ids))]
+    if list(positions) != [at for _, at in where]:
+        raise UserError(f"not yet: position ids {positions} for samples of 3, 1 and 2 tokens: each starts at 0.")
+    for i, (sample, at) in enumerate(where):
+        want = SAMPLES[sample][1][at] if at else -100
+        if len(labels) != len(where) or labels[i] != want:
+            raise UserError(
+                f"not yet: labels {labels}: label {i} has to be {want}; a sample's first token follows another sample."
+            )
+        for j, (other, _) in enumerate(where):
+            if bool(mask[i][j]) != (sample == other and j <= i):
+                does = "looks at" if mask[i][j] else "does not see"
+                raise UserError(f"not yet: token {i} of sample {sample} {does} token {j}, of sample {other}.")
+
+
+def check(answer_labels, divisor, decay_groups, pack_row) -> None:
     """UserError says what differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
@@ -92,9 +127,12 @@ def check(answer_labels, divisor, decay_groups) -> None:
     got = tuple(map(set, groups))
     if got != ({"layer.weight"}, {"norm", "layer.bias"}):
         raise UserError(f"not yet: with `embed` frozen the groups are {got[0]} and {got[1]}.")
-    print0("solved: loss on answers alone, each of their tokens counts the same, and norms do not decay")
+    check_packed(pack_row)
+    print0(
+        "solved: loss on answers alone, each of their tokens counts the same, norms do not decay, samples keep apart"
+    )
 
 
 if __name__ == "__main__":
     with clear_errors():
-        check(answer_labels, divisor, decay_groups)
+        check(answer_labels, divisor, decay_groups, pack_row)

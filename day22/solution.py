@@ -26,6 +26,16 @@ def decay_groups(shapes: dict[str, tuple[int, ...]], frozen: set[str]) -> tuple[
     return [n for n, s in trained.items() if len(s) > 1], [n for n, s in trained.items() if len(s) == 1]
 
 
+def pack_row(samples: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[int], list[list[bool]]]:
+    positions, labels, owners = [], [], []
+    for number, (ids, own_labels) in enumerate(samples):
+        positions += range(len(ids))
+        labels += [-100, *own_labels[1:]]
+        owners += [number] * len(ids)
+    mask = [[owner == other and j <= i for j, other in enumerate(owners)] for i, owner in enumerate(owners)]
+    return positions, labels, mask
+
+
 if __name__ == "__main__":
     with clear_errors():
-        check(answer_labels, divisor, decay_groups)
+        check(answer_labels, divisor, decay_groups, pack_row)

@@ -1,14 +1,15 @@
-"""Day 23, your turn: a LoRA layer by hand, merged by hand, and a rank chosen for a budget.
+"""Day 23, your turn: a LoRA layer by hand, merged by hand, a rank chosen for a budget, and DPO's loss.
 
-Fill in the four TODOs, then check yourself (any number of ranks; each checks for itself):
+Fill in the five TODOs, then check yourself (any number of ranks; each checks for itself):
 
     deepspeed --num_accelerators 2 day23/exercise.py
 
 It compares your layer with peft's, before training, after it, and merged, and says what is wrong, or "solved".
-The answers are in solution.py. Source: day23/notes.md.
+The answers are in solution.py. Source: day23/notes.md, and preference.md for TODO 5.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -60,12 +61,37 @@ def largest_rank(shapes: list[tuple[int, int]], total: int, share: float) -> int
     raise NotImplementedError
 
 
+def preference_loss(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> torch.Tensor:
+    """DPO's loss, the mean over B pairs, of log p(answer | prompt), (2, B): row 0 chosen answers, row 1 rejected."""
+    # TODO 5: -log sigmoid of the margin between two rewards; an answer's reward is beta times how much more likely it
+    # is than under the reference. Margins of -200 occur: nn.functional.logsigmoid stands them.
+    # DPO 的损失，对 B 对求平均。一个回答的奖励 = beta x（策略的对数概率 - 参考模型的对数概率），损失 = -log sigmoid
+    # （选中与未选中的奖励之差）。差可能小到 -200，nn.functional.logsigmoid 算得出来。
+    raise NotImplementedError
+
+
 def require(right: bool, sentence: str) -> None:
     if not right:
         raise UserError(f"not yet: {sentence}.")
 
 
-def check(layer_class: type, largest_rank) -> None:
+def check_preference(preference_loss) -> None:
+    generator = torch.Generator().manual_seed(0)
+    policy, reference = (-20 * torch.rand(2, 8, generator=generator) for _ in range(2))
+    loss = preference_loss(policy, reference, 0.1)
+    require(
+        torch.is_tensor(loss) and loss.dim() == 0, f"preference_loss() returned {loss!r}, want a tensor of one number"
+    )
+    start = preference_loss(policy, policy.clone(), 0.1).item()
+    require(abs(start - math.log(2)) < 1e-6, f"policy and reference alike must give log 2 = 0.6931, not {start:.4f}")
+    margins = 0.1 * ((policy[0] - reference[0]) - (policy[1] - reference[1])).double()
+    want = (1 + (-margins).exp()).log().mean().item()
+    require(abs(loss.item() - want) < 1e-5, f"the loss of 8 pairs is {loss.item():.4f}, want {want:.4f}")
+    wide = preference_loss(torch.tensor([[-2000.0], [0.0]]), torch.zeros(2, 1), 0.1).item()
+    require(abs(wide - 200) < 1e-3, f"a margin of -200 gives {wide}, want 200: take nn.functional.logsigmoid")
+
+
+def check(layer_class: type, largest_rank, preference_loss) -> None:
     """Train both layers on the same data; UserError says what differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
@@ -105,10 +131,11 @@ def check(layer_class: type, largest_rank) -> None:
     for share, rank in ((0.02, 8), (0.01, 4), (0.1, 48)):
         found = largest_rank(SHAPES, TOTAL, share)
         require(found == rank, f"for {share:.0%} of SmolLM2 largest_rank says {found}, which is not the largest")
+    check_preference(preference_loss)
     share = 8 * sum(map(sum, SHAPES)) / TOTAL
     print0(f"solved: trained as peft's layer, merged to {apart:.0e}; r = 8 adds {share:.2%} to SmolLM2")
 
 
 if __name__ == "__main__":
     with clear_errors():
-        check(LoraLinear, largest_rank)
+        check(LoraLinear, largest_rank, preference_loss)

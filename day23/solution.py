@@ -37,6 +37,11 @@ def largest_rank(shapes: list[tuple[int, int]], total: int, share: float) -> int
     return int(share / (1 - share) * total / one)  # r * one <= share * (total + r * one)
 
 
+def preference_loss(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> torch.Tensor:
+    rewards = beta * (policy - reference)
+    return -nn.functional.logsigmoid(rewards[0] - rewards[1]).mean()
+
+
 if __name__ == "__main__":
     with clear_errors():
-        check(LoraLinear, largest_rank)
+        check(LoraLinear, largest_rank, preference_loss)

@@ -562,13 +562,39 @@ def test_the_notes_name_each_optimizers_own_default_decay(day):
 def test_the_exercise_names_the_todo_that_is_open(solved, open_one, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr("sys.argv", ["exercise.py"])
-    names = ("answer_labels", "divisor", "decay_groups")
+    names = ("answer_labels", "divisor", "decay_groups", "pack_row")
     parts = [getattr(solution if name in solved else exercise, name) for name in names]
     with pytest.raises(SystemExit), clear_errors():
         exercise.check(*parts)
     assert f"error: not yet: {open_one}" in capsys.readouterr().err
     with pytest.raises(UserError, match="not yet: divisor.* returned None, want a number above 0"):
-        exercise.check(solution.answer_labels, lambda counts: None, solution.decay_groups)
+        exercise.check(solution.answer_labels, lambda counts: None, solution.decay_groups, solution.pack_row)
+
+
+def one_long_sample(samples):
+    """Packed as if it were one sample."""
+    ids = [token for ids, _ in samples for token in ids]
+    labels = [label for _, labels in samples for label in labels]
+    return list(range(len(ids))), labels, [[j <= i for j in range(len(ids))] for i in range(len(ids))]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ((), "not yet: pack_row() returned None, want position ids, labels and a mask."),
+        ((0,), "not yet: position ids [0, 1, 2, 3, 4, 5] for samples of 3, 1 and 2 tokens: each starts at 0."),
+        ((1,), "not yet: labels [-100, 32, 33, 41, -100, 52]: label 3 has to be -100; a sample's"),
+        ((2,), "not yet: token 3 of sample 1 looks at token 0, of sample 0."),
+    ],
+)
+def test_a_row_packed_wrongly_is_told_what_is_wrong(wrong, sentence):
+    def packed(samples):
+        right, long = solution.pack_row(samples), one_long_sample(samples)
+        return tuple(long[part] if part in wrong else right[part] for part in range(3)) if wrong else None
+
+    with pytest.raises(UserError) as error:
+        exercise.check_packed(packed)
+    assert str(error.value).startswith(sentence)
 
 
 @smollm2

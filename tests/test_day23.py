@@ -436,8 +436,35 @@ def test_the_exercise_names_the_todo_that_is_open(layer, sentence, monkeypatch, 
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(sys, "argv", ["exercise.py"])
     with pytest.raises(SystemExit), clear_errors():
-        exercise.check(layer, exercise.largest_rank)
+        exercise.check(layer, exercise.largest_rank, exercise.preference_loss)
     assert f"error: {sentence}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (
+            lambda policy, reference, beta: None,
+            "not yet: preference_loss() returned None, want a tensor of one number.",
+        ),
+        (
+            lambda policy, reference, beta: solution.preference_loss(policy, torch.zeros_like(reference), beta),
+            "not yet: policy and reference alike must give log 2 = 0.6931, not ",
+        ),
+        (
+            lambda policy, reference, beta: solution.preference_loss(policy.flip(0), reference.flip(0), beta),
+            "not yet: the loss of 8 pairs is ",
+        ),
+        (
+            lambda policy, reference, beta: (1 + (-beta * (policy - reference).diff(dim=0).neg()).exp()).log().mean(),
+            "not yet: a margin of -200 gives inf, want 200: take nn.functional.logsigmoid.",
+        ),
+    ],
+)
+def test_a_wrong_loss_of_preferences_is_told_what_is_wrong(answer, sentence):
+    with pytest.raises(UserError) as error:
+        exercise.check_preference(answer)
+    assert str(error.value).startswith(sentence)
 
 
 @pytest.mark.launch

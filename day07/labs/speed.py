@@ -56,7 +56,7 @@ LLAMAS = {
     "3b": ((4096, 14336, 8, 32, 8), 128_256, 4096, "gpt2"),
 }
 LLAMA_BATCH = 2  # sequences a rank
-# A whole block of a Llama 8B (218M) is fetched while the one before computes, not a quarter; compiled code is shared.
+# A whole block of a Llama 8B (218M) is fetched while the one before computes, not half of it; compiled code is shared.
 AHEAD = {"stage3_prefetch_bucket_size": 250_000_000, "memory_efficient_linear": False}
 # case: (what it starts from, what it changes in zero_optimization, and what besides)
 RUNGS = {
