@@ -101,7 +101,7 @@ def xl_points() -> dict[str, Point]:
 def checked_points() -> dict[str, Point]:
     """GPT-2, Llama and Qwen shapes on one GPU: recomputation, a loss in parts, LoRA, QLoRA (day 21)."""
     found = {}
-    files = [ROOT / f"day21/results/plan_check{kind}_1xh200.json" for kind in ("", "_lora")]
+    files = [ROOT / f"day21/results/plan_check{kind}_1xh200.json" for kind in ("", "_lora", "_zero3")]
     rows = [row for file in files for row in json.loads(file.read_text())["table"]]
     for row in (row for row in rows if "error" not in row):
         shape = row["shape"]
