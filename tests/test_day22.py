@@ -557,7 +557,12 @@ def test_the_notes_name_each_optimizers_own_default_decay(day):
 
 
 @pytest.mark.parametrize(
-    ("solved", "open_one"), [((), "TODO 1, answer_labels()"), (("answer_labels",), "TODO 2, divisor()")]
+    ("solved", "open_one"),
+    [
+        ((), "TODO 1, answer_labels()"),
+        (("answer_labels",), "TODO 2, divisor()"),
+        (("answer_labels", "divisor", "decay_groups"), "TODO 4, pack_row()"),
+    ],
 )
 def test_the_exercise_names_the_todo_that_is_open(solved, open_one, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")

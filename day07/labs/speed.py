@@ -52,8 +52,8 @@ BUCKETS = {"reduce_bucket_size": 100_000_000, "stage3_prefetch_bucket_size": 100
 # 8b is the shape of Llama 3.1 8B; 3b has 8 of its 32 layers, which DeepCompile compiles in minutes.
 LLAMAS = {
     "tiny": ((64, 192, 2, 4, 2), 4096, 128, "bpe4096"),
-    "8b": ((4096, 14336, 32, 32, 8), 128_256, 4096, "gpt2"),
     "3b": ((4096, 14336, 8, 32, 8), 128_256, 4096, "gpt2"),
+    "8b": ((4096, 14336, 32, 32, 8), 128_256, 4096, "gpt2"),
 }
 LLAMA_BATCH = 2  # sequences a rank
 # A whole block of a Llama 8B (218M) is fetched while the one before computes, not half of it; compiled code is shared.
@@ -115,12 +115,13 @@ def zero_options(case: str) -> dict:
 
 def rung_config(case: str, micro_batch: int) -> dict:
     """Day 07's config with bf16, and with the `zero_optimization` of `case`: what it does not name has its default."""
+    *_, changes = RUNGS[case]
     config = read_config(HERE / "ds_config.json")
     config |= {"train_micro_batch_size_per_gpu": micro_batch, "zero_optimization": zero_options(case)}
     config["bf16"] = {"enabled": True}
-    if "fp32_grads" in RUNGS[case][2]:  # as FSDP2 keeps them; in bf16 a step has to convert them, twice
+    if "fp32_grads" in changes:  # as FSDP2 keeps them; in bf16 a step has to convert them, twice
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    if "deepcompile" in RUNGS[case][2]:
+    if "deepcompile" in changes:
         config["compile"] = {"deepcompile": True}
     config["optimizer"]["params"]["lr"] = 1e-4
     config["optimizer"]["params"]["fused"] = True  # PyTorch's one-kernel AdamW, as in the baseline: nothing to compile
@@ -153,7 +154,8 @@ def restore(changes: Collection[str]) -> None:
     """Take back what ZeRO-3 leaves behind in this process, and set the precision in which it takes gradients' norms.
 
     It puts its own function in the place of `F.linear`, for all models to come (`memory_efficient_linear`, default
-    true). Its norm is taken in fp64, and no key changes that: `fp32_norm` shows what that costs.
+    true). Its norm is taken in fp64, and no key changes that: `fp32_norm` shows what that costs. Both hold for
+    the process: of cases in memory together the one built last decides for all, so compare these with the Llama.
     """
     torch.nn.functional.linear = PLAIN_LINEAR
     stage3.get_norm_dtype = (lambda: torch.float32) if "fp32_norm" in changes else NORM_DTYPE
@@ -217,13 +219,13 @@ def in_the_trace(rung: Rung, batch: dict, path: Path) -> dict[str, float]:
     events = trace_step(lambda: wall.append(time_step(partial(rung.train_step, batch))[0] * 1e3), path)
     on_gpu = [event for event in events if event.get("cat") in ON_DEVICE]
     calls = [event for event in events if event.get("cat") == "cuda_runtime"]
-    ends = [(event["ts"] + event["dur"], any(word in event["name"] for word in PRODUCTS)) for event in on_gpu]
-    last_product = max((end for end, product in ends if product), default=0)
+    ends = [event["ts"] + event["dur"] for event in on_gpu]
+    products = [end for end, event in zip(ends, on_gpu, strict=True) if any(word in event["name"] for word in PRODUCTS)]
     return {
         "wall": wall[0],
         "gpu_busy": union_ms(on_gpu),
         "gpu_computing": union_ms(event for event in on_gpu if "nccl" not in event["name"]),
-        "gpu_update": (max(end for end, _ in ends) - last_product) / 1e3 if last_product else 0.0,
+        "gpu_update": (max(ends) - max(products)) / 1e3 if products else 0.0,
         "host_waiting": union_ms(call for call in calls if "Synchronize" in call["name"]),
         "host_launching": union_ms(call for call in calls if "Synchronize" not in call["name"]),
         "kernels": len(on_gpu),
